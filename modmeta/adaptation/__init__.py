@@ -1,0 +1,48 @@
+"""From a support set to an adapted model: heads, indicators, policy, inner loop, veto."""
+
+from modmeta.adaptation.gradients import split_half_gradients
+from modmeta.adaptation.heads import HEADS, Anchor, Classifier, Head, register_head
+from modmeta.adaptation.indicators import (
+    DEFAULT_INDICATORS,
+    INDICATORS,
+    IndicatorSet,
+    Situation,
+    register_indicator,
+)
+from modmeta.adaptation.inner_loop import DivergedError, inner_loop
+from modmeta.adaptation.plan import Plan
+from modmeta.adaptation.policy import Policy
+from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms
+from modmeta.adaptation.support import Adapted, Support
+from modmeta.adaptation.update_rules import UPDATE_RULES
+from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, stratified_folds
+
+__all__ = [
+    "DEFAULT_INDICATORS",
+    "HEADS",
+    "INDICATORS",
+    "PRIOR",
+    "UPDATE_RULES",
+    "Adapted",
+    "Anchor",
+    "Classifier",
+    "DivergedError",
+    "Head",
+    "IndicatorSet",
+    "Plan",
+    "Policy",
+    "Situation",
+    "SourceStatistics",
+    "SourceView",
+    "Support",
+    "Verdict",
+    "candidates",
+    "inner_loop",
+    "judge",
+    "norm_sites",
+    "observe_norms",
+    "register_head",
+    "register_indicator",
+    "split_half_gradients",
+    "stratified_folds",
+]

@@ -1,0 +1,23 @@
+"""Adapter modules: their contract, their units on a backbone, and their states."""
+
+from modmeta.adapters.adapted import AdaptedBackbone, Gates, State
+from modmeta.adapters.bank import Bank
+from modmeta.adapters.liveness import DeadUnitError, check_alive
+from modmeta.adapters.module import MODULES, AdapterModule, Cost, register_module
+from modmeta.adapters.units import Unit, UnitConfig, resolve_units
+
+__all__ = [
+    "MODULES",
+    "AdaptedBackbone",
+    "AdapterModule",
+    "Bank",
+    "Cost",
+    "DeadUnitError",
+    "Gates",
+    "State",
+    "Unit",
+    "UnitConfig",
+    "check_alive",
+    "register_module",
+    "resolve_units",
+]

@@ -1,0 +1,8 @@
+"""One frozen timm model: its sites, its forward pass under an overlay, its cuts and its fingerprint."""
+
+from modmeta.backbone.attention import second_order_safe
+from modmeta.backbone.backbone import Backbone
+from modmeta.backbone.cut import Cut
+from modmeta.backbone.site import KINDS, Selector, Site
+
+__all__ = ["KINDS", "Backbone", "Cut", "Selector", "Site", "second_order_safe"]

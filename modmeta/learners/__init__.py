@@ -1,0 +1,16 @@
+"""LightningModules that meta-train something over episodes."""
+
+from modmeta.learners.base import MetaLearner
+from modmeta.learners.metrics import EpisodeMetrics, Result
+from modmeta.learners.modular import ModularMetaLearner
+from modmeta.learners.source import BackboneConfig, SourceConfig, SourceLearner
+
+__all__ = [
+    "BackboneConfig",
+    "EpisodeMetrics",
+    "MetaLearner",
+    "ModularMetaLearner",
+    "Result",
+    "SourceConfig",
+    "SourceLearner",
+]

@@ -1,0 +1,136 @@
+"""The inner loop: the few gradient steps that carry out a plan on a support set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from modmeta.adaptation.plan import Plan
+from modmeta.adapters import AdaptedBackbone, State, Unit
+from modmeta.backbone import second_order_safe
+from modmeta.errors import ModmetaError
+
+
+class DivergedError(ModmetaError):
+    """A loss or a gradient that is not finite."""
+
+
+def inner_loop(
+    model: AdaptedBackbone,
+    initial: State,
+    plan: Plan,
+    images: Tensor,
+    loss: Callable[[Tensor], Tensor] | None,
+    *,
+    rates: Tensor | None = None,
+    second_order: bool = False,
+    trust: float = 0.5,
+) -> tuple[State, list[float]]:
+    """Adapt the units that the plan opens to a support set.
+
+    Units that read statistics do so first, in one pass. Then every step moves each learning unit along its
+    gradient, scaled to unit root mean square: the rate *is* the size of the change. What lies before the earliest
+    learning unit is computed once.
+
+    In first order the directions count as constants, which leaves the result differentiable in the rates, the
+    gates and the initial state at the price of one extra backward pass. In second order they do not.
+
+    Args:
+        model: backbone and units.
+        initial: where the units start.
+        plan: what to do.
+        images: support images ``(S, 3, H, W)``.
+        loss: from support features ``(S, D)`` to a scalar; None where nothing may learn (no labels).
+        rates: ``(U, T)`` in place of the plan's.
+        second_order: differentiate through the directions too.
+        trust: bound on the root mean square distance of a unit from its initial value.
+
+    Returns:
+        the adapted state, and the loss before every step.
+
+    Raises:
+        DivergedError: naming the step and the units when a loss or gradient is not finite.
+    """
+    gates = plan.gate_of()
+    still = {name: gate.detach() for name, gate in gates.items()}
+    active = model.active(gates)
+    state = dict(initial)
+    if any(unit.reads for unit in active):
+        with torch.no_grad():
+            _, observed = model.observe(images, _detached(state), still, stop=_last_cut(model, active))
+        reading = tuple(f"{unit.name}|" for unit in active if unit.reads)
+        state |= {name: tensor for name, tensor in observed.items() if name.startswith(reading)}
+    learners = [unit for unit in active if unit.learns]
+    if loss is None or not learners or not plan.steps:
+        return state, []
+    start = model.cut_before(learners)
+    with torch.no_grad():
+        hidden = images if start is None else model(images, _detached(state), still, stop=start)
+    names = {unit.name: model.learned_names(unit) for unit in learners}
+    rates = plan.rates if rates is None else rates
+    losses: list[float] = []
+    # A step needs gradients even where the caller (a test loop) has switched them off.
+    with torch.enable_grad(), second_order_safe() if second_order else nullcontext():
+        for step in range(plan.steps):
+            here = state if second_order else _detached(state)
+            leaves = {name: here[name] for unit in learners for name in names[unit.name]}
+            if not second_order:
+                leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
+            features = model(hidden, here | leaves, gates if second_order else still, start=start)
+            value = loss(features)
+            _check(value, f"inner step {step}: the support loss is {float(value.detach())}")
+            losses.append(float(value.detach()))
+            found = torch.autograd.grad(value, list(leaves.values()), create_graph=second_order, allow_unused=True)
+            gradients = dict(zip(leaves, found, strict=True))
+            for unit in learners:
+                row = plan.index(unit.name)
+                state |= _step(
+                    unit, names[unit.name], initial, state, gradients, rates[row, step], plan.decay[row], trust, step
+                )
+    return state, losses
+
+
+def _step(
+    unit: Unit,
+    names: list[str],
+    initial: State,
+    state: State,
+    gradients: Mapping[str, Tensor | None],
+    rate: Tensor,
+    decay: Tensor,
+    trust: float,
+    step: int,
+) -> State:
+    found = {name: g if (g := gradients[name]) is not None else torch.zeros_like(state[name]) for name in names}
+    size = _rms([found[name] for name in names])
+    _check(size, f"inner step {step}: the gradient of unit {unit.name!r} is not finite")
+    moved = {
+        name: (1 - decay) * (state[name] - initial[name]) - rate * found[name] / (size + 1e-8) for name in names
+    }
+    distance = _rms(list(moved.values()))
+    shrink = (trust / distance.detach().clamp_min(1e-12)).clamp_max(1.0)
+    return {name: initial[name] + shrink * delta for name, delta in moved.items()}
+
+
+def _rms(tensors: list[Tensor]) -> Tensor:
+    count = sum(tensor.numel() for tensor in tensors)
+    return torch.stack([tensor.square().sum() for tensor in tensors]).sum().div(count).add(1e-20).sqrt()
+
+
+def _check(value: Tensor, message: str) -> None:
+    if not torch.isfinite(value).all():
+        raise DivergedError(message)
+
+
+def _detached(state: State) -> State:
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _last_cut(model: AdaptedBackbone, active: list[Unit]) -> str | None:
+    """Return a cut behind the last unit that reads, where the pass of observation may stop."""
+    last = max(site.order for unit in active if unit.reads for site in unit.sites)
+    behind = [cut.name for cut in model.backbone.cuts if cut.order > last]
+    return behind[0] if behind else None

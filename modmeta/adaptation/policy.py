@@ -1,0 +1,109 @@
+"""The policy: a small network from domain indicators to a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modmeta.adaptation.plan import Plan
+
+# Hard-concrete distribution of Louizos et al., "Learning Sparse Neural Networks through L0 Regularization",
+# ICLR 2018: a stretched sigmoid whose ends are exactly 0 and 1.
+_TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
+
+_OUTPUTS = 5  # per unit: gate, rate, decay, weight of the prior, sharpness over specialists
+
+
+class Policy(nn.Module):
+    """One network for all units, with a context pooled over them.
+
+    Its size depends on neither the number of units nor of domains: a new module or domain needs no new policy.
+    Gates are stochastic while training and deterministic otherwise.
+
+    Args:
+        global_width: numbers that describe the domain as a whole.
+        unit_width: numbers that describe one unit.
+        steps: inner steps ``T``, 0 or more.
+        hidden: width of the network.
+        rate: learning rate that an untrained policy gives, as root mean square change per step, above 0.
+        spread: rates stay within ``rate / spread`` and ``rate * spread``.
+        gate_bias: log-odds that an untrained policy gives to every gate.
+    """
+
+    def __init__(
+        self,
+        global_width: int,
+        unit_width: int,
+        steps: int = 3,
+        hidden: int = 64,
+        rate: float = 0.02,
+        spread: float = 30.0,
+        gate_bias: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.steps = steps
+        self.rate = rate
+        self.log_spread = math.log(spread)
+        self.embed = nn.Sequential(
+            nn.Linear(global_width + unit_width, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
+        self.mix = nn.Sequential(nn.SiLU(), nn.Linear(3 * hidden, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.per_unit = nn.Linear(hidden, _OUTPUTS)
+        self.whole = nn.Linear(2 * hidden + global_width, 3)  # ridge factor, predicted gain, its log variance
+        self.step_scale = nn.Parameter(torch.full((steps,), math.log(math.e - 1)))
+        # Untrained, the policy says the same to every domain: the constant plan is where learning starts.
+        nn.init.zeros_(self.per_unit.weight)
+        nn.init.zeros_(self.whole.weight)
+        with torch.no_grad():
+            self.per_unit.bias.copy_(torch.tensor([gate_bias, 0.0, -5.0, 2.0, 0.0]))
+            self.whole.bias.copy_(torch.tensor([0.0, 0.0, -2.0]))
+
+    def forward(
+        self,
+        units: Sequence[str],
+        whole: Tensor,
+        each: Tensor,
+        distances: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Plan:
+        """Return the plan for one domain.
+
+        Args:
+            units: names of the ``U`` units.
+            whole: global indicators ``(G,)``.
+            each: indicators per unit ``(U, F)``.
+            distances: ``(K,)`` distances of the domain to the bank's specialists; None without specialists.
+            generator: source of the gates' noise while training; None draws no noise.
+        """
+        count = len(units)
+        h = self.embed(torch.cat([each, whole.expand(count, -1)], dim=1))
+        pooled = torch.cat([h.mean(0), h.amax(0)])
+        out = self.per_unit(self.mix(torch.cat([h, pooled.expand(count, -1)], dim=1)))
+        gate, rate, decay, prior, sharpness = out.unbind(1)
+        if self.training and generator is not None:
+            noise = torch.rand(count, generator=generator).clamp(1e-6, 1 - 1e-6).logit().to(gate)
+            gate = (gate + noise) / _TEMPERATURE
+        gates = (gate.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
+        base = self.rate * (self.log_spread * rate.tanh()).exp()
+        ridge, gain, log_variance = self.whole(torch.cat([pooled, whole])).unbind()
+        return Plan(
+            units=tuple(units),
+            gates=gates,
+            rates=base[:, None] * F.softplus(self.step_scale),
+            decay=decay.sigmoid(),
+            bank=_bank_weights(prior, sharpness, distances),
+            ridge=(self.log_spread * ridge.tanh()).exp(),
+            gain=gain,
+            gain_log_variance=log_variance.clamp(-8.0, 4.0),
+        )
+
+
+def _bank_weights(prior: Tensor, sharpness: Tensor, distances: Tensor | None) -> Tensor:
+    """Return ``(U, 1 + K)``: the nearer a specialist's domain, the more of it; the prior competes with all."""
+    if distances is None or not len(distances):
+        return torch.ones_like(prior)[:, None]
+    return torch.cat([prior[:, None], -F.softplus(sharpness)[:, None] * distances], dim=1).softmax(1)

@@ -1,0 +1,131 @@
+"""The veto: keep the unadapted prior unless the evidence says that adapting helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modmeta.adaptation.plan import Plan
+
+PRIOR = "prior"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the veto chose, and why.
+
+    Attributes:
+        choice: name of the chosen candidate; ``"prior"`` means that nothing is adapted.
+        gains: expected gain over the prior per candidate, in nats of loss on an unseen image.
+        errors: standard error of each.
+        evidence: number of support images that were predicted by a fit that had not seen them.
+    """
+
+    choice: str
+    gains: dict[str, float]
+    errors: dict[str, float]
+    evidence: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"choice": self.choice, "gains": self.gains, "errors": self.errors, "evidence": self.evidence}
+
+
+def candidates(plan: Plan, reading: list[str]) -> dict[str, Plan]:
+    """Return what the veto may choose besides the prior, cheapest first.
+
+    Args:
+        plan: the policy's plan.
+        reading: units that only read statistics.
+    """
+    gates = plan.gate_of()
+    found: dict[str, Plan] = {}
+    statistics = [name for name in reading if name in gates]
+    if statistics and len(statistics) < len(gates):
+        found["statistics"] = plan.keeping(statistics)
+    if len(statistics) < len(gates):
+        found["plan/3"] = plan.scaled(1 / 3)
+    if gates:
+        found["plan"] = plan
+    return found
+
+
+def judge(
+    plans: Mapping[str, Plan],
+    labels: Tensor | None,
+    score: Callable[[Plan | None, Tensor, Tensor], Tensor],
+    *,
+    gain: float,
+    gain_deviation: float,
+    folds: int = 2,
+    weight: float = 10.0,
+    caution: float = 1.0,
+) -> Verdict:
+    """Choose among the prior and some plans by nested cross-fitting and the policy's own prediction.
+
+    Each fold adapts on the rest of the support and scores its own images, so no image judges a fit that saw it.
+    The policy's predicted gain counts like ``weight`` images; with one image per class, where nothing can be
+    left out, it decides alone. Among the plans within one standard error of the best the cheapest wins, and
+    it is accepted if its gain exceeds ``caution`` standard errors.
+
+    Args:
+        plans: candidates, cheapest first.
+        labels: ``(S,)`` labels of the support; None where there are none.
+        score: from a plan (None: the prior), indices to adapt on and indices to predict, to the loss of each
+            predicted image.
+        gain: the policy's predicted gain of the full plan, in nats.
+        gain_deviation: standard deviation of that prediction.
+        folds: number of folds, 2 or more.
+        weight: number of images that the prediction counts for.
+        caution: standard errors that a gain must exceed.
+    """
+    if not plans:
+        return Verdict(PRIOR, {}, {}, 0)
+    splits = [] if labels is None else stratified_folds(labels, folds)
+    difference: dict[str, list[Tensor]] = {name: [] for name in plans}
+    for rest, fold in splits:
+        before = score(None, rest, fold)
+        for name, plan in plans.items():
+            difference[name].append(before - score(plan, rest, fold))
+    count = sum(len(fold) for _, fold in splits)
+    gains, errors = {}, {}
+    for name in plans:
+        # A third of the step, or only the statistics, can be expected to bring a part of the gain.
+        predicted = gain if name == "plan" else 0.5 * gain
+        seen = torch.cat(difference[name]).double() if count else torch.zeros(0, dtype=torch.double)
+        if not torch.isfinite(seen).all():
+            gains[name], errors[name] = -math.inf, 0.0
+            continue
+        prior_error = gain_deviation**2
+        own = float(seen.var(correction=1)) if count > 1 else 0.0
+        gains[name] = (weight * predicted + float(seen.sum())) / (weight + count)
+        errors[name] = math.sqrt((weight**2 * prior_error + count * own) / (weight + count) ** 2)
+    best = max(gains, key=lambda name: gains[name])
+    choice = next(name for name in plans if gains[name] >= gains[best] - errors[best])
+    if not gains[choice] > caution * errors[choice]:
+        choice = PRIOR
+    finite = {name: value for name, value in gains.items() if math.isfinite(value)}
+    return Verdict(choice, finite, {name: errors[name] for name in finite}, count)
+
+
+def stratified_folds(labels: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
+    """Split a support into folds that leave at least one image of every class in the rest.
+
+    Returns:
+        ``(indices of the rest, indices of the fold)`` pairs; empty when some class has a single image.
+    """
+    counts = torch.bincount(labels)
+    smallest = int(counts[counts > 0].min())
+    folds = min(folds, smallest)
+    if folds < 2:
+        return []
+    position = torch.zeros_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        position[members] = torch.arange(len(members), device=labels.device) % folds
+    return [((position != fold).nonzero().flatten(), (position == fold).nonzero().flatten()) for fold in range(folds)]

@@ -1,0 +1,191 @@
+"""A frozen backbone with its units: features under any state of the adapter modules."""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from modmeta.adapters.module import AdapterModule
+from modmeta.adapters.units import Unit, UnitConfig, resolve_units
+from modmeta.backbone import Backbone, Site
+
+State = dict[str, Tensor]
+"""Every tensor of every adapter module by its full name; what an adaptation produces."""
+
+Gates = Mapping[str, Tensor | float]
+"""How much of each unit counts, by unit name: 0 is absent, 1 is all of it; a missing unit is absent."""
+
+
+class AdaptedBackbone(nn.Module):
+    """Computes features of a frozen backbone under a state of its adapter modules.
+
+    Nothing here holds a domain: the state and the gates come with every call, so that one object serves
+    all domains, and a state is plain data to swap, blend, save and differentiate through.
+
+    Args:
+        backbone: the shared backbone, never changed.
+        units: which modules act where.
+    """
+
+    def __init__(self, backbone: Backbone, units: Sequence[UnitConfig]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.units: tuple[Unit, ...] = resolve_units(backbone, units)
+        # Outside the module tree: these are templates for functional calls, not state of their own.
+        self._modules_of: dict[str, dict[str, AdapterModule]] = {u.name: u.build() for u in self.units}
+
+    def fresh(self) -> State:
+        """Return the state of fresh modules, under which every unit is the identity."""
+        return {
+            f"{unit}|{site}|{name}": tensor.detach().clone()
+            for unit, modules in self._modules_of.items()
+            for site, module in modules.items()
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        }
+
+    def learned_names(self, unit: Unit) -> list[str]:
+        """Return the names of the state's tensors that gradient steps on ``unit`` move."""
+        modules = self._modules_of[unit.name]
+        return [f"{unit.name}|{s}|{name}" for s, module in modules.items() for name, _ in module.named_parameters()]
+
+    def forward(
+        self, x: Tensor, state: State, gates: Gates, *, start: str | None = None, stop: str | None = None
+    ) -> Tensor:
+        """Return features ``(B, D)``, or the hidden activations at ``stop``.
+
+        Args:
+            x: images ``(B, 3, H, W)``, or what an earlier call returned at the cut ``start``.
+            state: the adapter modules' tensors.
+            gates: the units that count, and how much.
+            start: a cut that lies before every unit with an open gate.
+            stop: a cut to stop at.
+        """
+        active = self.active(gates)
+        return self.backbone.run(
+            x, self.overlay(state, gates, active), start=start, stop=stop, slots=self._slots(state, gates, active)
+        )
+
+    def active(self, gates: Gates) -> list[Unit]:
+        """Return the units whose gate is open."""
+        return [unit for unit in self.units if _open(gates.get(unit.name, 0.0))]
+
+    def cut_before(self, units: Iterable[Unit]) -> str | None:
+        """Return the last cut before all of ``units``; with no unit, the features themselves."""
+        names = [site.name for unit in units for site in unit.sites]
+        return self.backbone.cut_before(names) if names else "features"
+
+    def overlay(self, state: State, gates: Gates, units: Sequence[Unit] | None = None) -> dict[str, Tensor]:
+        """Return the backbone tensors as ``units`` (by default the active ones) change them."""
+        tensors = self.backbone.tensors()
+        changed: dict[str, Tensor] = {}
+        for unit in self.active(gates) if units is None else units:
+            if unit.module.overrides("overlay"):
+                for site in unit.sites:
+                    changed |= self._overlay_at(unit, site, state, gates, ChainMap(changed, tensors))
+        return changed
+
+    def observe(
+        self, x: Tensor, state: State, gates: Gates, *, start: str | None = None, stop: str | None = None
+    ) -> tuple[Tensor, State]:
+        """Let the units that read the support do so, in one pass from the first layer to the last.
+
+        Each layer is observed under the changes of the layers before it, as it will be used.
+
+        Returns:
+            what :meth:`forward` would return, and the state with the observed tensors.
+        """
+        active = self.active(gates)
+        readers = [unit for unit in active if unit.reads]
+        rest = [unit for unit in active if not unit.reads]
+        tensors = self.backbone.tensors()
+        overlay = self.overlay(state, gates, rest)
+        observed = dict(state)
+
+        def read(unit: Unit, site: Site, x: Tensor) -> dict[str, Tensor]:
+            local = _local(site, ChainMap(overlay, tensors))
+            for name, tensor in self._modules_of[unit.name][site.name].observe(x, local).items():
+                observed[f"{unit.name}|{site.name}|{name}"] = tensor
+            change = self._overlay_at(unit, site, observed, gates, ChainMap(overlay, tensors))
+            return {name.removeprefix(f"{site.name}."): tensor for name, tensor in change.items()}
+
+        observers = {site.name: partial(read, unit, site) for unit in readers for site in unit.sites}
+        # An observer replaces its site's tensors itself, so the overlay must leave those to it.
+        own = {f"{site.name}.{name}" for unit in readers for site in unit.sites for name in site.shapes}
+        slots = self._slots(state, gates, rest)
+        outside = {name: tensor for name, tensor in overlay.items() if name not in own}
+        y = self.backbone.run(x, outside, start=start, stop=stop, slots=slots, observers=observers)
+        return y, observed
+
+    def _overlay_at(
+        self, unit: Unit, site: Site, state: State, gates: Gates, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        local = _local(site, tensors)
+        gate = gates.get(unit.name, 0.0)
+        new = self._call(unit, site, state, local)
+        return {f"{site.name}.{name}": _blend(local[name], tensor, gate) for name, tensor in new.items()}
+
+    def _call(self, unit: Unit, site: Site, state: State, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        module = self._modules_of[unit.name][site.name]
+        prefix = f"{unit.name}|{site.name}|"
+        own = {f"module.{name}": state[prefix + name] for name in _state_names(module)}
+        return functional_call(_OverlayCall(module), own, (local,))
+
+    def _slots(
+        self, state: State, gates: Gates, units: Sequence[Unit]
+    ) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        slots: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {}
+        for unit in units:
+            if not unit.module.overrides("forward"):
+                continue
+            for site in unit.sites:
+                module = self._modules_of[unit.name][site.name]
+                own = {name: state[f"{unit.name}|{site.name}|{name}"] for name in _state_names(module)}
+                call = partial(_slot, module, own, gates.get(unit.name, 0.0))
+                slots.setdefault(site.name, []).append(call)
+        return {name: partial(_chain, calls) for name, calls in slots.items()}
+
+
+class _OverlayCall(nn.Module):
+    """Gives ``functional_call`` a forward that is the module's overlay."""
+
+    def __init__(self, module: AdapterModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.module.overlay(tensors)
+
+
+def _slot(module: AdapterModule, own: State, gate: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
+    return _blend(y, functional_call(module, own, (x, y)), gate)
+
+
+def _chain(calls: Sequence[Callable[[Tensor, Tensor], Tensor]], x: Tensor, y: Tensor) -> Tensor:
+    for call in calls:
+        y = call(x, y)
+    return y
+
+
+def _blend(old: Tensor, new: Tensor, gate: Tensor | float) -> Tensor:
+    if not isinstance(gate, Tensor) and gate == 1.0:
+        return new
+    return old + gate * (new - old)
+
+
+def _open(gate: Tensor | float) -> bool:
+    value = float(gate.detach()) if isinstance(gate, Tensor) else gate
+    return math.isfinite(value) and value > 0.0
+
+
+def _local(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[f"{site.name}.{name}"] for name in site.shapes}
+
+
+def _state_names(module: AdapterModule) -> list[str]:
+    return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]

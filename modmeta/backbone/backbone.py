@@ -1,0 +1,359 @@
+"""A frozen timm model that runs with replaced tensors, in parts, without ever being edited."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import inf
+from typing import Any, Self, TypeVar
+
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from modmeta.backbone.cut import Cut
+from modmeta.backbone.discovery import Anatomy, examine
+from modmeta.backbone.fingerprint import fingerprint
+from modmeta.backbone.pool import ShellPool
+from modmeta.backbone.shell import Observer, Slot, call, hooked, resume_at, share, stop_at
+from modmeta.backbone.site import Site
+from modmeta.backbone.trace import parent
+from modmeta.backbone.weights import create, first_line
+from modmeta.errors import ModmetaError, unknown
+
+FEATURES = "features"
+F = TypeVar("F", Slot, Observer)
+
+
+class Backbone(nn.Module):
+    """A timm model as a frozen feature extractor.
+
+    The model stays in eval mode whatever ``train()`` is called on, and no gradient reaches its parameters
+    through :meth:`run`, whether they require one or not. Only inside :meth:`trainable` can it be trained.
+
+    Args:
+        name: timm model name, with or without a weight tag.
+        pretrained: True for timm's published weights, a path for a local ``.safetensors``, ``.pth``, ``.pt``
+            or ``.bin`` file, False for random weights.
+        image_size: height and width of the images in pixels; None for the model's default.
+        seed: what random weights are a function of.
+
+    Attributes:
+        name: the name given.
+        image_size: height and width of the images, in pixels.
+        feature_dim: length of a feature vector.
+        preprocessing: image size, mean, std, interpolation and crop share that the weights expect.
+
+    Raises:
+        ModmetaError: if the name is unknown, the size does not suit the model, or the weights cannot be had.
+    """
+
+    def __init__(
+        self, name: str, pretrained: bool | str, image_size: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if image_size is not None and image_size < 1:
+            raise ModmetaError(f"image_size of backbone {name!r} is {image_size}; give a number of pixels")
+        self.name = name
+        self.model = create(name, pretrained, image_size, seed)
+        config = timm.data.resolve_model_data_config(self.model)
+        self.image_size: int = image_size or config["input_size"][-1]
+        self.preprocessing: dict[str, Any] = {
+            "image_size": self.image_size,
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "interpolation": config["interpolation"],
+            "crop_pct": config["crop_pct"],
+        }
+        self._hosting = False  # whether the model itself is being trained
+        self._shapes = {key: tensor.shape for key, tensor in self.tensors().items()}
+        self._anatomy: Anatomy | None = None
+        self._shells = ShellPool()
+        self.feature_dim: int = self._measure()
+
+    # -- anatomy
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites, in execution order; found by running the model when first asked for."""
+        return self._examined().sites
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """All verified cuts, in execution order; found by running the model when first asked for."""
+        return self._examined().cuts
+
+    def site(self, name: str) -> Site:
+        """Return the site called ``name``.
+
+        Raises:
+            ModmetaError: if there is none.
+        """
+        by_name = self._examined().by_name
+        if name not in by_name:
+            raise unknown("site", name, by_name, where=f"backbone {self.name!r}")
+        return by_name[name]
+
+    def cut_before(self, names: Iterable[str]) -> str | None:
+        """Return the last cut that lies before everything named.
+
+        Args:
+            names: sites, or full names of tensors.
+
+        Returns:
+            The name of a cut; ``"features"`` if only the features are named; None if the forward pass must
+            start from the images.
+
+        Raises:
+            ModmetaError: if a name is neither a site nor a tensor.
+        """
+        anatomy = self._examined()
+        inner = [name for name in names if name != FEATURES]
+        if not inner:
+            return FEATURES
+        begin = min(anatomy.entered[self._module_of(name)] for name in inner)
+        before = [cut for cut, left in anatomy.left.items() if left < begin]
+        return before[-1] if before else None
+
+    def macs(self, start: str | None = None) -> int:
+        """Return the multiply-accumulates of all layers' weights behind the cut ``start``, per image."""
+        if start == FEATURES:
+            return 0
+        after = -1 if start is None else self._cut(start).order
+        return sum(site.macs for site in self.sites if site.order > after)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers of the model by name, detached."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: tensor.detach() for name, tensor in named}
+
+    def fingerprint(self) -> str:
+        """Return ``"sha256:..."`` over architecture, tensors and preprocessing."""
+        return fingerprint(self.name.partition(".")[0], self.tensors(), self.preprocessing)
+
+    # -- forward
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return images as the model wants them: normalised, on its device, in its dtype, channels last.
+
+        Args:
+            images: (B, 3, H, W), uint8 in 0..255 or float in 0..1.
+
+        Raises:
+            ModmetaError: if their shape or dtype is another one.
+        """
+        size = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ModmetaError(
+                f"backbone {self.name!r} takes images of shape (B, 3, {size}, {size}), "
+                f"not {tuple(images.shape)}; resize them or set image_size"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ModmetaError(f"images are {images.dtype}; give uint8 in 0..255 or float in 0..1")
+        host = next(self.model.parameters())
+        # Channels last by hand: `vmap` knows no memory formats.
+        x = images.permute(0, 2, 3, 1).to(host.device, host.dtype).contiguous()
+        if images.dtype == torch.uint8:
+            x = x / 255
+        mean, std = x.new_tensor(self.preprocessing["mean"]), x.new_tensor(self.preprocessing["std"])
+        return ((x - mean) / std).permute(0, 3, 1, 2)
+
+    def run(
+        self,
+        x: Tensor,
+        overlay: Mapping[str, Tensor] | None = None,
+        *,
+        start: str | None = None,
+        stop: str | None = None,
+        slots: Mapping[str, Slot] | None = None,
+        observers: Mapping[str, Observer] | None = None,
+    ) -> Tensor:
+        """Run the model, or the part of it between two cuts, with some of its tensors replaced.
+
+        What is given for modules outside of that part has no effect.
+
+        Args:
+            x: images (B, 3, H, W) as :meth:`prepare` takes them, or what a run with ``stop=start`` returned.
+            overlay: replacements of parameters and buffers by full name, of the same shapes. Gradients of
+                first and second order flow to them, and they may be batched by ``torch.func.vmap``.
+            start: name of the cut to go on from; ``"features"`` to apply only the slot of the features.
+            stop: name of the cut to stop at; ``"features"`` to leave out the slot of the features.
+            slots: by site, a function of the module's input and output that gives a new output.
+            observers: by site, a function of the module's input, called just before the module runs. The
+                tensors it returns replace the module's own, by local name, for this call.
+
+        Returns:
+            Features (B, D), or the activations at ``stop``.
+
+        Raises:
+            ModmetaError: for an unknown tensor, site or cut, or a shape that does not fit.
+        """
+        overlay, slots, observers = overlay or {}, slots or {}, observers or {}
+        self._check_overlay(overlay)
+        if start != FEATURES:
+            x = self._run_model(x, overlay, start, stop, slots, observers)
+        elif stop not in (None, FEATURES):
+            raise ModmetaError(f"start 'features' lies behind stop {stop!r}; swap them")
+        if stop is not None:
+            return x
+        if FEATURES in observers:
+            observers[FEATURES](x)
+        return slots[FEATURES](x, x) if FEATURES in slots else x
+
+    def forward(self, images: Tensor, overlay: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the features (B, D) of ``images`` under ``overlay``: see :meth:`run`."""
+        return self.run(images, overlay)
+
+    # -- training the model itself
+
+    @contextmanager
+    def trainable(self) -> Iterator[Self]:
+        """Put the model itself in train mode inside the context, for :meth:`train_forward`.
+
+        ``requires_grad`` stays as it is: gradients reach the parameters that require one.
+        """
+        self._hosting = True
+        self.model.train()
+        try:
+            yield self
+        finally:
+            self._hosting = False
+            self.model.eval()
+
+    def train_forward(self, images: Tensor) -> Tensor:
+        """Return the features (B, D) of ``images``, with gradients to the model's own parameters.
+
+        Raises:
+            RuntimeError: outside of :meth:`trainable`.
+        """
+        if not self._hosting:
+            raise RuntimeError("train_forward trains the model itself; call it inside backbone.trainable()")
+        features: Tensor = self.model(self.prepare(images))
+        return features
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of this module; the model follows only inside :meth:`trainable`."""
+        super().train(mode)
+        if not self._hosting:
+            self.model.eval()
+        return self
+
+    # -- inside
+
+    def _run_model(
+        self,
+        x: Tensor,
+        overlay: Mapping[str, Tensor],
+        start: str | None,
+        stop: str | None,
+        slots: Mapping[str, Slot],
+        observers: Mapping[str, Observer],
+    ) -> Tensor:
+        stop = None if stop == FEATURES else stop
+        if start is None:
+            x = self.prepare(x)
+        elif self._check_start(x, start, stop) == stop:
+            return x
+        slots = self._acting(slots, start, stop)
+        observers = self._acting(observers, start, stop)
+        with (
+            self._shells.lend((start, stop), lambda: self._build_shell(start, stop)) as shell,
+            hooked(shell, slots, observers),
+        ):
+            return call(shell, x, overlay, start, self.image_size)
+
+    def _build_shell(self, start: str | None, stop: str | None) -> nn.Module:
+        shell = share(self.model)
+        if start is not None:
+            resume = self._examined().resumes[start]
+            resume_at(shell, start, resume.skipped, resume.dense)
+        if stop is not None:
+            stop_at(shell, self._cut(stop).name)
+        return shell
+
+    def _acting(self, functions: Mapping[str, F], start: str | None, stop: str | None) -> dict[str, F]:
+        """Return those of ``functions`` whose sites begin to run between the two cuts."""
+        acting = {name: function for name, function in functions.items() if name != FEATURES}
+        if not acting:
+            return acting
+        anatomy = self._examined()
+        for name in acting:
+            if not self.site(name).called:
+                raise ModmetaError(
+                    f"backbone {self.name!r} never calls site {name!r}, it only reads its weight; "
+                    "use an overlay"
+                )
+        begin = -1 if start is None else anatomy.left[start]
+        end = inf if stop is None else anatomy.left[stop]
+        return {name: function for name, function in acting.items() if begin < anatomy.entered[name] < end}
+
+    def _check_start(self, x: Tensor, start: str, stop: str | None) -> str:
+        cut = self._cut(start)
+        if tuple(x.shape[1:]) != cut.shape:
+            raise ModmetaError(
+                f"activations at cut {start!r} have shape (B, {', '.join(map(str, cut.shape))}), "
+                f"not {tuple(x.shape)}; give what run(..., stop={start!r}) returned"
+            )
+        if stop is not None and self._cut(stop).order < cut.order:
+            raise ModmetaError(f"start {start!r} lies behind stop {stop!r}; swap them")
+        return start
+
+    def _check_overlay(self, overlay: Mapping[str, Tensor]) -> None:
+        for name, tensor in overlay.items():
+            shape = self._shapes.get(name)
+            if shape is None:
+                raise unknown("tensor", name, self._shapes, where=f"backbone {self.name!r}")
+            if tensor.shape != shape:
+                raise ModmetaError(
+                    f"the overlay's tensor {name!r} has shape {tuple(tensor.shape)}; make it {tuple(shape)}"
+                )
+
+    def _examined(self) -> Anatomy:
+        if self._anatomy is None:
+            self._anatomy = examine(self.model, self.image_size, self.feature_dim)
+            if not self._anatomy.cuts:
+                warnings.warn(
+                    f"backbone {self.name!r} cannot be cut; every pass runs all of it, which is slower",
+                    stacklevel=3,
+                )
+        return self._anatomy
+
+    def _cut(self, name: str) -> Cut:
+        for cut in self.cuts:
+            if cut.name == name:
+                return cut
+        raise unknown("cut", name, (cut.name for cut in self.cuts), where=f"backbone {self.name!r}")
+
+    def _module_of(self, name: str) -> str:
+        modules = self._examined().entered
+        if name in self._shapes:
+            return parent(name)
+        if name in modules:
+            return name
+        raise unknown("site", name, self._examined().by_name, where=f"backbone {self.name!r}")
+
+    def _measure(self) -> int:
+        """Return the length of the feature vectors, from a first pass that also shows if the size suits."""
+        try:
+            with torch.no_grad():
+                features = self.model(torch.zeros(1, 3, self.image_size, self.image_size, device="cpu"))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ModmetaError(
+                f"backbone {self.name!r} cannot take images of size {self.image_size} ({first_line(error)}); "
+                f"choose another image_size, such as its default"
+            ) from error
+        if features.ndim != 2:
+            raise ModmetaError(
+                f"backbone {self.name!r} gives features of shape {tuple(features.shape[1:])}, not a vector; "
+                "choose another"
+            )
+        return int(features.shape[1])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._shells.clear()  # moving the model gives its parameters new storage
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._shells.clear()  # so does load_state_dict(assign=True)
+        super()._load_from_state_dict(*args, **kwargs)

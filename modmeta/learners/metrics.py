@@ -1,0 +1,138 @@
+"""Figures per system, domain and number of shots over episodes, gathered over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import CatMetric
+from torchmetrics.functional.classification import multiclass_accuracy
+
+_BINS = 15
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured figure with its 95 % interval; the record of every ``results.json``."""
+
+    system: str
+    domain: str
+    shots: int
+    ways: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    episodes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+class EpisodeMetrics(nn.Module):
+    """Collects one row of figures per episode for every system, domain and number of shots.
+
+    The cells are fixed beforehand, so that all ranks gather the same ones in the same order.
+
+    Args:
+        systems: what is compared, ``"none"`` (no adaptation) among them.
+        domains: the domains of the episodes.
+        shots: their numbers of shots.
+        facts: names of further figures of a system's row, such as seconds.
+        scored: the metrics that are scored per episode; gains are paired with the system ``"none"``.
+    """
+
+    scored = ("accuracy", "nll", "gain")
+
+    def __init__(
+        self, systems: Iterable[str], domains: Iterable[str], shots: Iterable[int], facts: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        super().__init__()
+        self.facts = facts
+        self.cells = [(s, d, k) for s in systems for d in domains for k in shots]
+        self.rows = nn.ModuleList([CatMetric() for _ in self.cells])
+
+    def update(
+        self, domain: str, shots: int, index: int, labels: Tensor, logits: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """Add one episode.
+
+        Args:
+            domain: its domain.
+            shots: its number of shots.
+            index: its number, which orders the rows whatever rank they come from.
+            labels: ``(Q,)`` of the query.
+            logits: per system ``(Q, C)``.
+            facts: per system the further figures, by name.
+        """
+        before = _accuracy(logits["none"], labels)
+        for system, scores in logits.items():
+            accuracy = _accuracy(scores, labels)
+            nll = F.cross_entropy(scores.double(), labels)
+            further = [float(facts[system][name]) for name in self.facts.get(system, ())]
+            row = [float(index), float(scores.shape[1]), float(accuracy), float(nll), float(accuracy - before), *further]
+            bins = calibration_bins(scores.double().softmax(-1), labels)
+            metric = self.rows[self.cells.index((system, domain, shots))]
+            metric.update(torch.cat([torch.tensor(row, dtype=torch.double), bins.flatten().cpu()])[None])
+
+    def compute(self) -> list[Result]:
+        """Return all figures; a cell without episodes gives none."""
+        results: list[Result] = []
+        for (system, domain, shots), metric in zip(self.cells, self.rows, strict=True):
+            rows = metric.compute()
+            if not isinstance(rows, Tensor) or not rows.numel():
+                continue
+            rows = rows.reshape(-1, 5 + len(self.facts.get(system, ())) + 3 * _BINS)
+            rows = rows[rows[:, 0].argsort()].cpu()
+            names = (*self.scored, *self.facts.get(system, ()))
+            ways = round(float(rows[:, 1].mean()))
+            for name, values in zip(names, rows[:, 2 : 2 + len(names)].T, strict=True):
+                if name == "gain" and system == "none":
+                    continue
+                results.append(Result(system, domain, shots, ways, name, *interval(values), len(rows)))
+            bins = rows[:, 2 + len(names) :].reshape(len(rows), _BINS, 3)
+            results.append(Result(system, domain, shots, ways, "ece", *_ece_interval(bins), len(rows)))
+        return results
+
+
+def interval(values: Tensor) -> tuple[float, float, float]:
+    """Return the mean and its 95 % interval under the normal approximation."""
+    mean = float(values.mean())
+    half = 1.96 * float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return mean, mean - half, mean + half
+
+
+def calibration_bins(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return ``(15, 3)``: per confidence bin the count, the sum of confidences and the number of hits."""
+    confidence, prediction = probabilities.max(-1)
+    bins = torch.clamp((confidence * _BINS).ceil().long() - 1, 0, _BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (prediction == labels).to(confidence)], dim=1)
+    return torch.zeros(_BINS, 3, dtype=confidence.dtype, device=confidence.device).index_add(0, bins, values)
+
+
+def expected_calibration_error(bins: Tensor) -> Tensor:
+    """Return the expected calibration error of bins ``(..., 15, 3)``: Guo et al., ICML 2017."""
+    total = bins[..., 0].sum(-1).clamp_min(1)
+    return (bins[..., 1] - bins[..., 2]).abs().sum(-1) / total
+
+
+def _ece_interval(bins: Tensor) -> tuple[float, float, float]:
+    value = float(expected_calibration_error(bins.sum(0)))
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(bins), (_RESAMPLES, len(bins)), generator=generator)
+    weights = torch.zeros(_RESAMPLES, len(bins), dtype=bins.dtype).scatter_add(
+        1, picks, torch.ones_like(picks, dtype=bins.dtype)
+    )
+    resampled = expected_calibration_error((weights @ bins.flatten(1)).unflatten(1, (_BINS, 3)))
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=bins.dtype)).tolist()
+    return value, min(low, value), max(high, value)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro")

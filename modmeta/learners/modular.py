@@ -1,0 +1,284 @@
+"""ModularMetaLearner: learns which modules to adapt to a domain, how fast, and whether at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modmeta.adaptation import (
+    DEFAULT_INDICATORS,
+    PRIOR,
+    UPDATE_RULES,
+    Adapted,
+    IndicatorSet,
+    Plan,
+    Policy,
+    Situation,
+    Support,
+    candidates,
+    inner_loop,
+    judge,
+    norm_sites,
+    observe_norms,
+    split_half_gradients,
+)
+from modmeta.adapters import State, UnitConfig
+from modmeta.data import Episode
+from modmeta.errors import ModmetaError
+from modmeta.learners.base import MetaLearner
+from modmeta.learners.source import BackboneConfig, SourceConfig
+
+
+class ModularMetaLearner(MetaLearner):
+    """Adapts a frozen backbone through units that a learned policy opens, one plan per domain.
+
+    Indicators describe the support; the policy turns them into a plan: a gate and learning rates for every
+    unit; the inner loop carries it out; the veto keeps the unadapted prior unless the evidence speaks for the
+    plan. Meta-training descends the query loss after the plan with respect to the policy, the bank's universal
+    initial values and the head, while the episode's own domain is hidden from all that is known of the sources.
+
+    Args:
+        backbone: the timm model that all domains share.
+        units: adapter modules and where they act.
+        head: registered name of the head.
+        head_options: options of the head.
+        source: source training; off by default.
+        learning_rate: of AdamW on everything that is meta-learned.
+        baselines: heads that are measured beside this learner, on unadapted features and the same episodes.
+        source_images: images per class and domain that the source statistics are measured on.
+        cache_dir: where frozen features are kept; None keeps them in memory.
+        steps: inner gradient steps.
+        rate: inner learning rate of an untrained policy, as root mean square change per step.
+        rule: registered update rule that gives the rates; ``policy`` lets the policy decide.
+        trust: bound on the root mean square distance of a unit from its initial value.
+        second_order: differentiate through the inner gradients.
+        indicators: registered indicators that the policy sees.
+        harm_weight: weight of what the plan loses against no adaptation, beyond ``harm_margin``.
+        harm_margin: nats that a plan should gain at least.
+        cost_weight: price of letting gradients through the whole backbone, in nats.
+        budget: largest share of the backbone's depth that gradients may pass; 1 is no limit.
+        veto: whether the veto may keep the prior; without it every plan is carried out.
+        veto_folds: folds of its cross-fitting.
+        veto_caution: standard errors that a gain must exceed.
+        calibration_episodes: training episodes on which the indicators are standardised.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        units: Sequence[UnitConfig],
+        head: str = "anchored_ridge",
+        head_options: dict[str, float] | None = None,
+        source: SourceConfig = SourceConfig(),
+        learning_rate: float = 1e-3,
+        baselines: Sequence[str] = (),
+        source_images: int = 100,
+        cache_dir: str | None = None,
+        steps: int = 3,
+        rate: float = 0.02,
+        rule: str = "policy",
+        trust: float = 0.5,
+        second_order: bool = False,
+        indicators: Sequence[str] = DEFAULT_INDICATORS,
+        harm_weight: float = 2.0,
+        harm_margin: float = 0.02,
+        cost_weight: float = 0.02,
+        budget: float = 1.0,
+        veto: bool = True,
+        veto_folds: int = 2,
+        veto_caution: float = 1.0,
+        calibration_episodes: int = 32,
+    ) -> None:
+        super().__init__(
+            backbone, units, head, head_options, source, learning_rate, baselines, source_images, cache_dir
+        )
+        if not units:
+            raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
+        if not 0.0 <= budget <= 1.0:
+            raise ModmetaError(f"budget must lie in 0..1, got {budget}")
+        self.trust = trust
+        self.second_order = second_order
+        self.harm_weight = harm_weight
+        self.harm_margin = harm_margin
+        self.cost_weight = cost_weight
+        self.budget = budget
+        self.veto = veto
+        self.veto_folds = veto_folds
+        self.veto_caution = veto_caution
+        self.calibration_episodes = calibration_episodes
+        self.indicators = IndicatorSet(indicators)
+        self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps, rate=rate)
+        self.rule = UPDATE_RULES.get(rule)(len(self.model.units), steps, rate)
+        self._norm_sites = norm_sites(self.model.backbone)
+
+    # ------------------------------------------------------------------ the way of one domain
+
+    def adapt(self, support: Support) -> Adapted:
+        """Describe the domain, plan, consult the veto, and carry out what remains."""
+        situation = self.situate(support)
+        plan = self.plan(situation).detach()
+        verdict = self._judge(plan, support, situation.features)
+        chosen = plan
+        if self.veto:
+            plans = candidates(plan, self._reading())
+            chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
+        state, losses = self.carry_out(chosen, support)
+        features = self._features(support.images, state, chosen, situation.features)
+        # The prior is the head as it is; the policy's strength of the ridge is part of its plan.
+        ridge = None if self.veto and verdict.choice == PRIOR else chosen.ridge
+        classifier = self.fit_head(features, support, ridge=ridge)
+        report = {
+            "labelled": support.labels is not None,
+            "plan": plan.to_dict(),
+            "verdict": verdict.to_dict(),
+            "support_losses": losses,
+            "expected_gain": float(plan.gain),
+            "expected_gain_deviation": float((0.5 * plan.gain_log_variance).exp()),
+        }
+        return Adapted(state, chosen, classifier, support.classes, report)
+
+    def situate(self, support: Support) -> Situation:
+        """Collect what the indicators need to know of a support set."""
+        with torch.no_grad():
+            features, mean, variance = observe_norms(self.model.backbone, support.images, self._norm_sites)
+            held_out = None
+            gradients: dict[str, Tensor] = {}
+            if support.labels is not None:
+                held_out = self.inner_loss(features, support).mean()
+                if self.indicators.needs_gradients:
+                    gradients = split_half_gradients(
+                        self.model, self.bank.initial(), support.images, lambda x: self.inner_loss(x, support)
+                    )
+        return Situation(
+            features=features,
+            labels=support.labels,
+            ways=support.ways,
+            classes=support.classes,
+            domain=support.domain,
+            norm_mean=mean,
+            norm_variance=variance,
+            norm_sites=self._norm_sites,
+            sources=self.sources.view(support.hidden),
+            held_out_loss=held_out,
+            gradients=gradients,
+            units=self.model.units,
+        )
+
+    def plan(self, situation: Situation, generator: torch.Generator | None = None) -> Plan:
+        """Let the policy decide, within the budget and what the support's labels allow."""
+        whole, each = self.indicators(situation)
+        known = [d for d in self.bank.specialists if d in situation.sources.domains]
+        distances = None
+        if known:
+            to_sources = situation.sources.distances(situation.features.mean(0), len(situation.features))
+            rows = [situation.sources.domains.index(domain) for domain in known]
+            distances = to_sources[rows] / situation.sources.typical
+        plan = self.policy([unit.name for unit in self.model.units], whole, each, distances, generator)
+        plan = plan.within(self.budget, self.model.units)
+        if situation.labels is None:
+            plan = plan.keeping(self._reading())
+        return replace(plan, rates=self.rule(plan))
+
+    def carry_out(self, plan: Plan, support: Support) -> tuple[State, list[float]]:
+        """Run the inner loop of a plan."""
+        initial = self.bank.initial()
+        if self.bank.specialists:
+            domains = [domain for domain in self.bank.specialists if domain != support.hidden]
+            for row, unit in enumerate(self.model.units):
+                initial |= self.bank.blend(unit, domains, plan.bank[row])
+        loss = None
+        if support.labels is not None:
+            ridge = plan.ridge.detach()
+
+            def loss(features: Tensor) -> Tensor:
+                return self.inner_loss(features, support, ridge).mean()
+
+        return inner_loop(
+            self.model, initial, plan, support.images, loss, second_order=self.second_order, trust=self.trust
+        )
+
+    def _features(self, images: Tensor, state: State, plan: Plan, prior: Tensor) -> Tensor:
+        gates = plan.gate_of()
+        active = self.model.active(gates)
+        if not active:
+            return prior
+        start = self.model.cut_before(active)
+        return self.model(self._hidden(images, start, None), state, gates, start=start)
+
+    def _reading(self) -> list[str]:
+        return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
+
+    def _judge(self, plan: Plan, support: Support, features: Tensor) -> Any:
+        def score(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
+            assert support.labels is not None
+            part = replace(support, images=support.images[rest], labels=support.labels[rest])
+            with torch.no_grad():
+                if candidate is None:
+                    logits = self.fit_head(features[rest], part)(features[fold])
+                else:
+                    state, _ = self.carry_out(candidate, part)
+                    both = torch.cat([rest, fold])
+                    x = self._features(support.images[both], state, candidate, features[both])
+                    classifier = self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)
+                    logits = classifier(x[len(rest) :])
+                return F.cross_entropy(logits, support.labels[fold], reduction="none")
+
+        return judge(
+            candidates(plan, self._reading()) if self.veto else {},
+            support.labels,
+            score,
+            gain=float(plan.gain),
+            gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
+            folds=self.veto_folds,
+            caution=self.veto_caution,
+        )
+
+    # ------------------------------------------------------------------ meta-training
+
+    def episode_loss(self, episode: Episode) -> Tensor:
+        """Return query loss after the plan, plus the prices of harm, of cost, and of a wrong prediction of gain."""
+        support = Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain)
+        situation = self.situate(support)
+        # The noise of the gates is a function of the episode, so every rank and resumed run draws the same.
+        plan = self.plan(situation, torch.Generator().manual_seed(episode.index))
+        state, _ = self.carry_out(plan, support)
+        features = self._features(support.images, state, plan, situation.features)
+        adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
+        ids = episode.query_ids if episode.shift is None else None
+        after = self.query_loss(self.logits(adapted, episode.query), episode.query_labels)
+        prior = self.fit_head(situation.features, support)(self.prior_features(episode.query, ids))
+        before = self.query_loss(prior, episode.query_labels)
+        gain = (before - after).detach()
+        harm = F.relu(after - before.detach() + self.harm_margin)
+        prediction = F.gaussian_nll_loss(plan.gain, gain, plan.gain_log_variance.exp(), eps=1e-4)
+        # `before` teaches the head's own scalars on episodes whose plan leaves the units closed, too.
+        return after + 0.5 * before + self.harm_weight * harm + self.cost_weight * self._cost(plan) + 0.1 * prediction
+
+    def _cost(self, plan: Plan) -> Tensor:
+        """Return the expected share of the backbone's depth that gradients pass.
+
+        A stretch of the backbone is paid for if any learning unit at or before it is open.
+        """
+        learners = sorted((unit for unit in self.model.units if unit.learns), key=lambda unit: unit.depth)
+        closed = plan.gates.new_ones(())
+        cost = plan.gates.new_zeros(())
+        for unit, following in zip(learners, [*learners[1:], None], strict=True):
+            closed = closed * (1 - plan.gates[plan.index(unit.name)])
+            end = 1.0 if following is None else following.depth
+            cost = cost + (end - unit.depth) * (1 - closed)
+        return cost
+
+    def on_sources_measured(self) -> None:
+        """Standardise the indicators on the first training episodes."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows = []
+        for index in range(self.calibration_episodes):
+            episode = datamodule.episode("train", index).to(self.device)
+            support = Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain)
+            rows.append(self.indicators.raw(self.situate(support)))
+        self.indicators.fit(rows)
