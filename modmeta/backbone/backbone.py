@@ -5,25 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from math import inf
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import timm.data
 import torch
 from torch import Tensor, nn
 
+from modmeta.backbone.anatomy import FEATURES, Anatomy
+from modmeta.backbone.apart import apart
 from modmeta.backbone.cut import Cut
-from modmeta.backbone.discovery import Anatomy, examine
+from modmeta.backbone.discovery import examine
 from modmeta.backbone.fingerprint import fingerprint
 from modmeta.backbone.pool import ShellPool
+from modmeta.backbone.preprocessing import prepare, preprocessing_of
 from modmeta.backbone.shell import Observer, Slot, call, hooked, resume_at, share, stop_at
 from modmeta.backbone.site import Site
-from modmeta.backbone.trace import parent
 from modmeta.backbone.weights import create, first_line
 from modmeta.errors import ModmetaError, unknown
-
-FEATURES = "features"
-F = TypeVar("F", Slot, Observer)
 
 
 class Backbone(nn.Module):
@@ -57,15 +54,8 @@ class Backbone(nn.Module):
             raise ModmetaError(f"image_size of backbone {name!r} is {image_size}; give a number of pixels")
         self.name = name
         self.model = create(name, pretrained, image_size, seed)
-        config = timm.data.resolve_model_data_config(self.model)
-        self.image_size: int = image_size or config["input_size"][-1]
-        self.preprocessing: dict[str, Any] = {
-            "image_size": self.image_size,
-            "mean": list(config["mean"]),
-            "std": list(config["std"]),
-            "interpolation": config["interpolation"],
-            "crop_pct": config["crop_pct"],
-        }
+        self.preprocessing = preprocessing_of(self.model, image_size)
+        self.image_size: int = self.preprocessing["image_size"]
         self._hosting = False  # whether the model itself is being trained
         self._shapes = {key: tensor.shape for key, tensor in self.tensors().items()}
         self._anatomy: Anatomy | None = None
@@ -90,10 +80,7 @@ class Backbone(nn.Module):
         Raises:
             ModmetaError: if there is none.
         """
-        by_name = self._examined().by_name
-        if name not in by_name:
-            raise unknown("site", name, by_name, where=f"backbone {self.name!r}")
-        return by_name[name]
+        return self._examined().site(name)
 
     def cut_before(self, names: Iterable[str]) -> str | None:
         """Return the last cut that lies before everything named.
@@ -108,20 +95,11 @@ class Backbone(nn.Module):
         Raises:
             ModmetaError: if a name is neither a site nor a tensor.
         """
-        anatomy = self._examined()
-        inner = [name for name in names if name != FEATURES]
-        if not inner:
-            return FEATURES
-        begin = min(anatomy.entered[self._module_of(name)] for name in inner)
-        before = [cut for cut, left in anatomy.left.items() if left < begin]
-        return before[-1] if before else None
+        return self._examined().cut_before(names, self._shapes)
 
     def macs(self, start: str | None = None) -> int:
         """Return the multiply-accumulates of all layers' weights behind the cut ``start``, per image."""
-        if start == FEATURES:
-            return 0
-        after = -1 if start is None else self._cut(start).order
-        return sum(site.macs for site in self.sites if site.order > after)
+        return self._examined().macs(start)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all parameters and buffers of the model by name, detached."""
@@ -143,21 +121,7 @@ class Backbone(nn.Module):
         Raises:
             ModmetaError: if their shape or dtype is another one.
         """
-        size = self.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ModmetaError(
-                f"backbone {self.name!r} takes images of shape (B, 3, {size}, {size}), "
-                f"not {tuple(images.shape)}; resize them or set image_size"
-            )
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ModmetaError(f"images are {images.dtype}; give uint8 in 0..255 or float in 0..1")
-        host = next(self.model.parameters())
-        # Channels last by hand: `vmap` knows no memory formats.
-        x = images.permute(0, 2, 3, 1).to(host.device, host.dtype).contiguous()
-        if images.dtype == torch.uint8:
-            x = x / 255
-        mean, std = x.new_tensor(self.preprocessing["mean"]), x.new_tensor(self.preprocessing["std"])
-        return ((x - mean) / std).permute(0, 3, 1, 2)
+        return prepare(images, self.preprocessing, next(self.model.parameters()))
 
     def run(
         self,
@@ -253,10 +217,15 @@ class Backbone(nn.Module):
         stop = None if stop == FEATURES else stop
         if start is None:
             x = self.prepare(x)
-        elif self._check_start(x, start, stop) == stop:
-            return x
-        slots = self._acting(slots, start, stop)
-        observers = self._acting(observers, start, stop)
+        else:
+            self._examined().check(x, start, stop)
+            if stop == start:
+                return x
+        slots = {name: slot for name, slot in slots.items() if name != FEATURES}
+        observers = {name: observer for name, observer in observers.items() if name != FEATURES}
+        if slots or observers:
+            slots = self._examined().acting(slots, start, stop)
+            observers = self._examined().acting(observers, start, stop)
         with (
             self._shells.lend((start, stop), lambda: self._build_shell(start, stop)) as shell,
             hooked(shell, slots, observers),
@@ -269,35 +238,8 @@ class Backbone(nn.Module):
             resume = self._examined().resumes[start]
             resume_at(shell, start, resume.skipped, resume.dense)
         if stop is not None:
-            stop_at(shell, self._cut(stop).name)
+            stop_at(shell, self._examined().cut(stop).name)
         return shell
-
-    def _acting(self, functions: Mapping[str, F], start: str | None, stop: str | None) -> dict[str, F]:
-        """Return those of ``functions`` whose sites begin to run between the two cuts."""
-        acting = {name: function for name, function in functions.items() if name != FEATURES}
-        if not acting:
-            return acting
-        anatomy = self._examined()
-        for name in acting:
-            if not self.site(name).called:
-                raise ModmetaError(
-                    f"backbone {self.name!r} never calls site {name!r}, it only reads its weight; "
-                    "use an overlay"
-                )
-        begin = -1 if start is None else anatomy.left[start]
-        end = inf if stop is None else anatomy.left[stop]
-        return {name: function for name, function in acting.items() if begin < anatomy.entered[name] < end}
-
-    def _check_start(self, x: Tensor, start: str, stop: str | None) -> str:
-        cut = self._cut(start)
-        if tuple(x.shape[1:]) != cut.shape:
-            raise ModmetaError(
-                f"activations at cut {start!r} have shape (B, {', '.join(map(str, cut.shape))}), "
-                f"not {tuple(x.shape)}; give what run(..., stop={start!r}) returned"
-            )
-        if stop is not None and self._cut(stop).order < cut.order:
-            raise ModmetaError(f"start {start!r} lies behind stop {stop!r}; swap them")
-        return start
 
     def _check_overlay(self, overlay: Mapping[str, Tensor]) -> None:
         for name, tensor in overlay.items():
@@ -311,7 +253,7 @@ class Backbone(nn.Module):
 
     def _examined(self) -> Anatomy:
         if self._anatomy is None:
-            self._anatomy = examine(self.model, self.image_size, self.feature_dim)
+            self._anatomy = apart(lambda: examine(self.model, self.image_size, self.feature_dim))
             if not self._anatomy.cuts:
                 warnings.warn(
                     f"backbone {self.name!r} cannot be cut; every pass runs all of it, which is slower",
@@ -319,25 +261,13 @@ class Backbone(nn.Module):
                 )
         return self._anatomy
 
-    def _cut(self, name: str) -> Cut:
-        for cut in self.cuts:
-            if cut.name == name:
-                return cut
-        raise unknown("cut", name, (cut.name for cut in self.cuts), where=f"backbone {self.name!r}")
-
-    def _module_of(self, name: str) -> str:
-        modules = self._examined().entered
-        if name in self._shapes:
-            return parent(name)
-        if name in modules:
-            return name
-        raise unknown("site", name, self._examined().by_name, where=f"backbone {self.name!r}")
-
     def _measure(self) -> int:
         """Return the length of the feature vectors, from a first pass that also shows if the size suits."""
         try:
             with torch.no_grad():
-                features = self.model(torch.zeros(1, 3, self.image_size, self.image_size, device="cpu"))
+                features = share(self.model)(
+                    torch.zeros(1, 3, self.image_size, self.image_size, device="cpu")
+                )
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ModmetaError(
                 f"backbone {self.name!r} cannot take images of size {self.image_size} ({first_line(error)}); "

@@ -147,11 +147,11 @@ def _ancestors(name: str) -> set[str]:
 
 
 def _features(model: nn.Module, name: str, resume: Resume, given: Tensor, image_size: int) -> Tensor | None:
-    changed = resume_at(model, name, resume.skipped, resume.dense)
+    undo = resume_at(model, name, resume.skipped, resume.dense)
     try:
         return call(model, given, {}, name, image_size)
     except (RuntimeError, ValueError, AssertionError):
         return None  # the model cannot do without what is skipped
     finally:
-        for module in changed:
-            del module.forward
+        for undo_one in undo:
+            undo_one()

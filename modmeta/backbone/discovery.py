@@ -1,43 +1,18 @@
-"""The anatomy of a backbone: its sites and cuts, found by running it."""
+"""Finds the sites and cuts of a model by running it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 from torch import nn
 
+from modmeta.backbone.anatomy import Anatomy
 from modmeta.backbone.cut import BATCH, Cut, Resume, in_sequence, probe, verified
 from modmeta.backbone.kinds import channel_dim_of, channels_of, kind_of
 from modmeta.backbone.shell import share
 from modmeta.backbone.site import Site
 from modmeta.backbone.stages import stage_ends
 from modmeta.backbone.trace import Call, nearest_called, parent, trace
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What one recorded forward pass and the proofs of its cuts tell about a model.
-
-    Attributes:
-        sites: all sites, in execution order.
-        cuts: verified cuts, in execution order; between two of them lies at least one site.
-        resumes: by cut, how to go on from it.
-        entered: by module path, the tick at which the module begins to run.
-        left: by cut, the tick at which its module ends.
-    """
-
-    sites: tuple[Site, ...]
-    cuts: tuple[Cut, ...]
-    resumes: Mapping[str, Resume]
-    entered: Mapping[str, int]
-    left: Mapping[str, int]
-
-    @cached_property
-    def by_name(self) -> dict[str, Site]:
-        """The sites by name."""
-        return {site.name: site for site in self.sites}
 
 
 def examine(model: nn.Module, image_size: int, feature_dim: int) -> Anatomy:

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from modmeta.backbone.apart import apart
+
 Key = tuple[str | None, str | None]
 
 
@@ -28,7 +30,7 @@ class ShellPool:
         try:
             shell = idle.pop()
         except IndexError:
-            shell = build()
+            shell = apart(build)
         try:
             yield shell
         finally:

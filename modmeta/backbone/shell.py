@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modmeta.errors import unknown
+from modmeta.backbone.norm_gradients import differentiate_statistics
+from modmeta.backbone.overrule import overrule, replaced
 
 Slot = Callable[[Tensor, Tensor], Tensor]
 Observer = Callable[[Tensor], Mapping[str, Tensor] | None]
@@ -37,13 +38,34 @@ def share(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(model, memo).eval()
+    shell = copy.deepcopy(model, memo).eval()
+    differentiate_statistics(shell)
+    _forget_caches(shell)
+    return shell
+
+
+def _forget_caches(shell: nn.Module) -> None:
+    # In eval mode levit and its kin keep what they computed from a weight, whatever an overlay says later.
+    caches = [
+        value
+        for module in shell.modules()
+        for name, value in vars(module).items()
+        if name.endswith("_cache") and isinstance(value, dict)
+    ]
+
+    def forget(*_args: Any) -> None:
+        for cache in caches:
+            cache.clear()
+
+    if caches:
+        shell.register_forward_pre_hook(forget)
+        shell.register_forward_hook(forget, always_call=True)
 
 
 def resume_at(
     model: nn.Module, name: str, skipped: Mapping[str, tuple[int, ...]], dense: bool
-) -> list[nn.Module]:
-    """Make a shared copy start at the output of module ``name``, and return the modules changed.
+) -> list[Callable[[], None]]:
+    """Make a shared copy start at the output of module ``name``, and return what undoes it.
 
     The modules stay where they are, as models read attributes of theirs (``patch_embed.grid_size`` in swin);
     only their ``forward`` is overruled. Calling the model then goes through the motions up to the cut. What
@@ -68,13 +90,9 @@ def resume_at(
 
         return nothing
 
-    changed = [cut]
-    cut.forward = resume
-    for other, shape in skipped.items():
-        module = model.get_submodule(other)
-        module.forward = skip(shape)
-        changed.append(module)
-    return changed
+    undo = [overrule(cut, resume)]
+    undo += [overrule(model.get_submodule(other), skip(shape)) for other, shape in skipped.items()]
+    return undo
 
 
 def stop_at(model: nn.Module, name: str) -> None:
@@ -117,49 +135,24 @@ def _nothing(like: Tensor, *shape: int) -> Tensor:
 @contextmanager
 def hooked(model: nn.Module, slots: Mapping[str, Slot], observers: Mapping[str, Observer]) -> Iterator[None]:
     """Let ``observers`` and ``slots`` act on the modules of a shared copy inside the context."""
-    overruled = []
+    undo = []
     for name in {**slots, **observers}:
         module = model.get_submodule(name)
-        overruled.append((module, vars(module).get("forward")))
-        module.forward = _hooked_forward(name, module, slots.get(name), observers.get(name))
+        undo.append(overrule(module, _hooked_forward(module, slots.get(name), observers.get(name))))
     try:
         yield
     finally:
-        for module, before in overruled:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
+        for undo_one in undo:
+            undo_one()
 
 
-def _hooked_forward(
-    name: str, module: nn.Module, slot: Slot | None, observer: Observer | None
-) -> Callable[..., Tensor]:
+def _hooked_forward(module: nn.Module, slot: Slot | None, observer: Observer | None) -> Callable[..., Tensor]:
     plain = module.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         local = observer(x) if observer is not None else None
-        with _replaced(name, module, local or {}):
+        with replaced(module, local or {}):
             y: Tensor = plain(x, *args, **kwargs)
         return slot(x, y) if slot is not None else y
 
     return forward
-
-
-@contextmanager
-def _replaced(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    # Not functional_call: that would call the module, and so the observer, once more.
-    stores: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for local, tensor in tensors.items():
-            holder: Any = module._parameters if local in module._parameters else module._buffers
-            if local not in holder:
-                raise unknown(
-                    "tensor", local, {**module._parameters, **module._buffers}, where=f"site {name!r}"
-                )
-            stores.append((holder, local, holder[local]))
-            holder[local] = tensor
-        yield
-    finally:
-        for holder, local, before in reversed(stores):
-            holder[local] = before

@@ -27,11 +27,8 @@ def stage_ends(model: nn.Module, calls: Mapping[str, Call], cuts: Sequence[Cut])
         places = [(calls[module].left, reduction) for module, reduction in told]
     else:
         places = [(calls[cut.name].left, -_positions(cut.shape)) for cut in cuts if len(cut.shape) > 1]
-    return [
-        end
-        for (end, resolution), following in zip(places, [*places[1:], None], strict=True)
-        if following is None or following[1] != resolution
-    ]
+    following = [*(resolution for _, resolution in places[1:]), None]
+    return [end for (end, resolution), after in zip(places, following, strict=False) if resolution != after]
 
 
 def _told(model: nn.Module) -> list[tuple[str, int]]:

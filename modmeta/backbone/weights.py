@@ -99,6 +99,8 @@ def _reachable(name: str) -> bool:
     cfg = None if ":" in name else timm.get_pretrained_cfg(name)
     if cfg is not None and not cfg.has_weights:
         raise ModmetaError(f"backbone {name!r} has no published weights; {_OTHERWISE}")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        raise ModmetaError(f"HF_HUB_OFFLINE is set and backbone {name!r} is not in the cache; {_OTHERWISE}")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()

@@ -92,24 +92,26 @@ class RowCache:
         return self._opened
 
     def _create(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if self.nbytes > free:  # writing to a map on a full disk would kill the process
-            raise ModmetaError(
-                f"the cache {path} needs {self.nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f}; "
-                f"choose another cache_dir or a smaller image_size"
-            )
-        building = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        full = (self.rows, *self.shape)
         try:
-            full = (self.rows, *self.shape)
-            np.lib.format.open_memmap(building / "rows.npy", "w+", self._numpy_dtype, full)
-            np.lib.format.open_memmap(building / "filled.npy", "w+", np.dtype(bool), (self.rows,))
-            building.chmod(0o755)
-            building.rename(path)
-        except OSError:
-            shutil.rmtree(building, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path.parent).free
+            if self.nbytes > free:  # writing to a map on a full disk would kill the process
+                raise ModmetaError(
+                    f"the cache {path} needs {self.nbytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f}; "
+                    f"choose another cache_dir or a smaller image_size"
+                )
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+                building = Path(scratch) / path.name
+                building.mkdir()
+                np.lib.format.open_memmap(building / "rows.npy", "w+", self._numpy_dtype, full)
+                np.lib.format.open_memmap(building / "filled.npy", "w+", np.dtype(bool), (self.rows,))
+                building.rename(path)
+        except OSError as error:
             if not path.exists():  # otherwise another process was first, and its table serves as well
-                raise
+                raise ModmetaError(
+                    f"cannot make the cache {path} ({error.strerror}); choose another cache_dir"
+                ) from error
 
     def _map(self, file: Path) -> np.ndarray:
         try:

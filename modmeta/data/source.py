@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,17 +36,21 @@ class SourceImages:
     batch_size: int
     seed: int
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> SourceBatch:
-        """Return a rank's part of the batch of a step; all domains and classes are equally likely."""
-        cells = [
+    @cached_property
+    def _cells(self) -> list[tuple[int, int, np.ndarray]]:
+        """Domain, label and rows of every class in every domain."""
+        return [
             (domain, self.classes.index(name), rows)
             for domain, by_class in enumerate(self.pool.values())
             for name, rows in by_class.items()
         ]
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> SourceBatch:
+        """Return a rank's part of the batch of a step; all domains and classes are equally likely."""
         random = rng(self.seed, "source", step)
-        chosen = random.integers(len(cells), size=self.batch_size)[rank::world]
+        chosen = random.integers(len(self._cells), size=self.batch_size)[rank::world]
         places = random.random(self.batch_size)[rank::world]
-        drawn = [(*cells[cell], place) for cell, place in zip(chosen, places, strict=True)]
+        drawn = [(*self._cells[cell], place) for cell, place in zip(chosen, places, strict=True)]
         return SourceBatch(
             images=self.store.load([int(rows[int(place * len(rows))]) for _, _, rows, place in drawn]),
             labels=torch.tensor([label for _, label, _, _ in drawn]),

@@ -68,6 +68,7 @@ class MetaLearner(LightningModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         self.automatic_optimization = False
         self.source = source
         self.learning_rate = learning_rate
@@ -405,6 +406,7 @@ class MetaLearner(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint must be checked against."""
         backbone = self.model.backbone
+        checkpoint["hyper_parameters"] = _plain(dict(self.hparams))
         checkpoint["modmeta"] = {
             "learner": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": backbone.name,
@@ -429,7 +431,7 @@ class MetaLearner(LightningModule):
             ("preprocessing", found["preprocessing"], backbone.preprocessing),
             ("units", found["units"], [unit.name for unit in self.model.units]),
         ]
-        if not found["trained_source"] and not self._from_checkpoint:
+        if not found["trained_source"] and not self.from_checkpoint:
             pairs.append(("backbone fingerprint", found["fingerprint"], backbone.fingerprint()))
         for what, theirs, ours in pairs:
             if theirs != ours:
@@ -440,8 +442,19 @@ class MetaLearner(LightningModule):
             for key in phase:
                 del checkpoint["state_dict"][key]
 
-    _from_checkpoint = False
-    """Whether the backbone was built without weights, because a checkpoint brings them."""
+    from_checkpoint = False
+    """Whether the backbone was built without its weights, because a checkpoint brings them."""
+
+
+def _plain(value: Any) -> Any:
+    """Return lists, dicts, strings and numbers only: what loading a checkpoint without unpickling allows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(key): _plain(each) for key, each in value.items() if key != "_instantiator"}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _normal(episode: Episode) -> Episode:

@@ -95,6 +95,12 @@ def test_a_table_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
         RowCache(tmp_path / "c", 10**12, (10**3,)).get([1], squares)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModmetaError, match=r"cannot make the cache .*; choose another cache_dir"):
+        RowCache(tmp_path / "file" / "c", 10, (3,)).get([1], squares)
+
+
 def fill(path: Path, start: int) -> None:
     cache = RowCache(path, 200, (3,))
     for row in (np.arange(200) + start) % 200:

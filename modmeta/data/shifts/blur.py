@@ -30,7 +30,7 @@ def _gaussian(side: int, sigma: float) -> Tensor:
 @register_shift("gaussian_blur")
 def gaussian_blur(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Out of focus."""
-    return smooth(images, 0.06 * strength * images.shape[-1])
+    return smooth(images, 0.06 * strength**0.7 * images.shape[-1])
 
 
 @register_shift("motion_blur")

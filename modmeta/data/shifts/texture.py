@@ -82,4 +82,6 @@ def spectrum(images: Tensor, strength: float, generator: torch.Generator) -> Ten
     gains[:, :rows, :columns] = drawn[0, :, :rows, :columns]
     gains[:, -rows:, :columns] = drawn[1, :, :rows, :columns]
     gains[:, 0, 0] = 1  # the mean is left to brightness and color_cast
-    return torch.fft.irfft2(torch.fft.rfft2(images) * gains, s=(height, width))
+    # In double precision, as a transform's last digit depends on the number of threads.
+    changed = torch.fft.irfft2(torch.fft.rfft2(images.double()) * gains, s=(height, width))
+    return changed.to(images.dtype)

@@ -1,0 +1,111 @@
+"""The front door: picks the command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+
+from modmeta import __version__
+from modmeta.commands.options import LIGHTNING, PARSERS, lightning_help
+from modmeta.errors import ModmetaError, unknown
+
+COMMANDS = {
+    "fit": "train: source training of the backbone, then meta-training of what adapts it",
+    "validate": "measure a checkpoint on the validation episodes",
+    "test": "measure a checkpoint on the test episodes",
+    "adapt": "adapt to the images of one folder and write an adapter file with its card",
+    "predict": "classify the images of a folder with an adapter file",
+    "modules": "list the adapter modules and where they act on a backbone",
+}
+USER_ERROR = 2
+INTERRUPTED = 130  # what shells report after Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the words after ``modmeta``; default: those of this process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # OpenMP's spinning threads starve each other where ranks or programs share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit of its own.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return INTERRUPTED
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        print(f"modmeta: error: {message}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"modmeta {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    if name not in LIGHTNING:
+        options = PARSERS[name]().parse_args(rest)
+        return int(import_module(f"modmeta.commands.{name}").run(options))
+    if "-h" in rest or "--help" in rest:
+        print(lightning_help(name))
+        return 0
+    return int(import_module("modmeta.commands.fit").run(name, rest))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return (
+        "usage: modmeta COMMAND [options]\n\n"
+        "Learn how to adapt one frozen vision backbone to new domains.\n\n"
+        f"commands:\n{commands}\n\n"
+        "modmeta COMMAND --help shows the options of a command; modmeta --version the version."
+    )
+
+
+def _user_message(error: BaseException) -> str | None:
+    """Return the one line to show for an error that a user caused, or None for any other error."""
+    for each in _chain(error):
+        if isinstance(each, ModmetaError):
+            return _one_line(each)
+    for each in _chain(error):
+        origin = type(each).__module__.partition(".")[0]
+        if origin == "omegaconf":
+            key = getattr(each, "full_key", None)
+            what = _one_line(each).partition(" full_key:")[0]
+            return f"{key}: {what}" if key else what
+        if type(each).__name__ == "MisconfigurationException":
+            return _one_line(each)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The options of every command, in the standard library alone, so that help and typos answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import NoReturn
+
+from modmeta.errors import ModmetaError, nearest
+
+LIGHTNING = ("fit", "validate", "test")
+"""Commands whose options are those of Lightning's command line and the user's classes."""
+
+_LIGHTNING_HELP = """\
+usage: modmeta {name} --config FILE [--KEY VALUE ...]
+
+{summary}
+
+  --config FILE            a YAML file of the keys below, such as configs/quickstart.yaml; give several to merge them
+  --modules FILE.py        a file with your own adapter modules or learners; may be repeated
+  --ckpt_path FILE         the checkpoint to {checkpoint}
+  --name NAME              the run lies in runs/NAME/version_N; default: the name of the configuration file
+  --test_after_fit BOOL    measure the test episodes after a fit
+  --seed_everything INT    seed of everything that is random
+  --model CLASS            the learner, such as ModularMetaLearner, or my_file.MyLearner with --modules my_file.py
+  --model.init_args.*      backbone.name, backbone.pretrained, units, head, source.epochs, learning_rate, steps, ...
+  --data.*                 root, train_domains, val_domains, test_domains, image_size, ways, shots, eval_shots, ...
+  --trainer.*              every option of Lightning's Trainer: max_epochs, accelerator, devices, strategy, ...
+  --print_config           print the resolved configuration and stop
+  --help-all               every option with its type and default
+
+The command line beats the configuration file, which beats what a checkpoint says.
+A run's own config.yaml is accepted by fit, validate and test alike."""
+
+_SUMMARIES = {
+    "fit": ("Train on the source domains, then meta-train on episodes.", "resume from"),
+    "validate": ("Measure a checkpoint on the validation episodes.", "measure (its run's config.yaml is the default)"),
+    "test": ("Measure a checkpoint on the test episodes.", "measure (its run's config.yaml is the default)"),
+}
+
+
+def lightning_help(name: str) -> str:
+    """Return the short help of ``fit``, ``validate`` or ``test``."""
+    summary, checkpoint = _SUMMARIES[name]
+    return _LIGHTNING_HELP.format(name=name, summary=summary, checkpoint=checkpoint)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line with the nearest right option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the user error for a wrong option."""
+        found = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if found:
+            options = [option for action in self._actions for option in action.option_strings]
+            close = nearest(found[1], options)
+            raise ModmetaError(
+                f"unknown option {found[1]}; " + (f"did you mean {close}?" if close else f"see {self.prog} --help")
+            )
+        raise ModmetaError(f"{message}; see {self.prog} --help")
+
+
+def _parser(name: str, description: str) -> OneLineParser:
+    parser = OneLineParser(prog=f"modmeta {name}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--modules", metavar="FILE.py", action="append", default=[],
+        help="a file with your own adapter modules or learners; may be repeated",
+    )  # fmt: skip
+    return parser
+
+
+def adapt_parser() -> OneLineParser:
+    """Return the parser of ``adapt``."""
+    parser = _parser("adapt", "Adapt to the images of one folder and write an adapter file and its card.")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE.ckpt", help="what a fit wrote")
+    parser.add_argument(
+        "--support", required=True, metavar="DIR",
+        help="folders of images, one per class; or images without labels, all in one folder",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the adapter file to write")
+    parser.add_argument("--domain", metavar="NAME", help="name of the domain, for the card and as a hint")
+    parser.add_argument("--budget", type=float, metavar="X", help="share of the backbone's depth to update, 0 to 1")
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter file")
+    return parser
+
+
+def predict_parser() -> OneLineParser:
+    """Return the parser of ``predict``."""
+    parser = _parser("predict", "Classify the images of a folder with an adapter file.")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE.ckpt", help="the checkpoint that was adapted")
+    parser.add_argument("--adapter", required=True, metavar="FILE.safetensors", help="what adapt wrote")
+    parser.add_argument("--images", required=True, metavar="DIR", help="searched with all its subfolders")
+    parser.add_argument("--output", required=True, metavar="FILE.csv", help="the table to write")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--abstain-below", type=float, default=0.0, metavar="P",
+        help="mark images whose best class is less probable than P as abstained",
+    )  # fmt: skip
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    return parser
+
+
+def modules_parser() -> OneLineParser:
+    """Return the parser of ``modules``."""
+    parser = _parser("modules", "List the adapter modules and, for a backbone, where they act and what they cost.")
+    parser.add_argument("--backbone", metavar="NAME", help="a timm model, here with random weights")
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument(
+        "--units", metavar="FILE.yaml", help="a fit configuration, or a list of units, to resolve on the backbone"
+    )
+    return parser
+
+
+PARSERS: dict[str, Callable[[], OneLineParser]] = {
+    "adapt": adapt_parser,
+    "predict": predict_parser,
+    "modules": modules_parser,
+}

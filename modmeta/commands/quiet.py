@@ -1,0 +1,32 @@
+"""Silences what Lightning says that helps no user of modmeta."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_LOG_LINES = ("💡 Tip", "TPU available", "HPU available", "`Trainer.fit` stopped", "`Trainer already configured")
+_WARNINGS = (
+    r"LightningCLI's args parameter is intended",
+    r".*does not have many workers",
+    r".*module\(?s?\)? in eval mode",
+    r".*LeafSpec",
+    r".*treespec",
+    r".*isinstance\(.*TreeSpec",
+    r"Found \d+ module",
+    r".*tensorboardX.*has been removed as a dependency",
+    r".*Checkpoint directory .* exists and is not empty",
+    r".*Experiment logs directory .* exists and is not empty",
+)
+
+
+def quiet() -> None:
+    """Filter Lightning's advertisements and false alarms; errors and real warnings still show."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_speaks_to_the_user)
+
+
+def _speaks_to_the_user(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip().startswith(_LOG_LINES)
