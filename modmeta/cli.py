@@ -85,11 +85,6 @@ def _user_message(error: BaseException) -> str | None:
         if isinstance(each, ModmetaError):
             return _one_line(each)
     for each in _chain(error):
-        origin = type(each).__module__.partition(".")[0]
-        if origin == "omegaconf":
-            key = getattr(each, "full_key", None)
-            what = _one_line(each).partition(" full_key:")[0]
-            return f"{key}: {what}" if key else what
         if type(each).__name__ == "MisconfigurationException":
             return _one_line(each)
     return None

@@ -15,7 +15,7 @@ from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms
 from modmeta.adaptation.support import Adapted, Support
 from modmeta.adaptation.update_rules import UPDATE_RULES
-from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, stratified_folds
+from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, stratified_folds, tempered_losses
 
 __all__ = [
     "DEFAULT_INDICATORS",
@@ -45,4 +45,5 @@ __all__ = [
     "register_indicator",
     "split_half_gradients",
     "stratified_folds",
+    "tempered_losses",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modmeta.adaptation.plan import Plan
+from modmeta.adapters import Unit
 
 # Hard-concrete distribution of Louizos et al., "Learning Sparse Neural Networks through L0 Regularization",
 # ICLR 2018: a stretched sigmoid whose ends are exactly 0 and 1.
@@ -29,9 +30,7 @@ class Policy(nn.Module):
         unit_width: numbers that describe one unit.
         steps: inner steps ``T``, 0 or more.
         hidden: width of the network.
-        rate: learning rate that an untrained policy gives, as root mean square change per step, above 0.
-        spread: rates stay within ``rate / spread`` and ``rate * spread``.
-        gate_bias: log-odds that an untrained policy gives to every gate.
+        spread: rates stay within ``unit.rate / spread`` and ``unit.rate * spread``.
     """
 
     def __init__(
@@ -40,13 +39,10 @@ class Policy(nn.Module):
         unit_width: int,
         steps: int = 3,
         hidden: int = 64,
-        rate: float = 0.02,
-        spread: float = 30.0,
-        gate_bias: float = 1.0,
+        spread: float = 10.0,
     ) -> None:
         super().__init__()
         self.steps = steps
-        self.rate = rate
         self.log_spread = math.log(spread)
         self.embed = nn.Sequential(
             nn.Linear(global_width + unit_width, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden)
@@ -55,16 +51,16 @@ class Policy(nn.Module):
         self.per_unit = nn.Linear(hidden, _OUTPUTS)
         self.whole = nn.Linear(2 * hidden + global_width, 3)  # ridge factor, predicted gain, its log variance
         self.step_scale = nn.Parameter(torch.full((steps,), math.log(math.e - 1)))
-        # Untrained, the policy says the same to every domain: the constant plan is where learning starts.
+        # Untrained, the policy says to every domain what the units' configuration says.
         nn.init.zeros_(self.per_unit.weight)
         nn.init.zeros_(self.whole.weight)
         with torch.no_grad():
-            self.per_unit.bias.copy_(torch.tensor([gate_bias, 0.0, -5.0, 2.0, 0.0]))
+            self.per_unit.bias.copy_(torch.tensor([0.0, 0.0, -5.0, 2.0, 0.0]))
             self.whole.bias.copy_(torch.tensor([0.0, 0.0, -2.0]))
 
     def forward(
         self,
-        units: Sequence[str],
+        units: Sequence[Unit],
         whole: Tensor,
         each: Tensor,
         distances: Tensor | None = None,
@@ -73,7 +69,7 @@ class Policy(nn.Module):
         """Return the plan for one domain.
 
         Args:
-            units: names of the ``U`` units.
+            units: the ``U`` units.
             whole: global indicators ``(G,)``.
             each: indicators per unit ``(U, F)``.
             distances: ``(K,)`` distances of the domain to the bank's specialists; None without specialists.
@@ -84,14 +80,15 @@ class Policy(nn.Module):
         pooled = torch.cat([h.mean(0), h.amax(0)])
         out = self.per_unit(self.mix(torch.cat([h, pooled.expand(count, -1)], dim=1)))
         gate, rate, decay, prior, sharpness = out.unbind(1)
+        gate = gate + _log_odds(gate.new_tensor([unit.gate for unit in units]))
         if self.training and generator is not None:
             noise = torch.rand(count, generator=generator).clamp(1e-6, 1 - 1e-6).logit().to(gate)
             gate = (gate + noise) / _TEMPERATURE
         gates = (gate.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
-        base = self.rate * (self.log_spread * rate.tanh()).exp()
+        base = rate.new_tensor([unit.rate for unit in units]) * (self.log_spread * rate.tanh()).exp()
         ridge, gain, log_variance = self.whole(torch.cat([pooled, whole])).unbind()
         return Plan(
-            units=tuple(units),
+            units=tuple(unit.name for unit in units),
             gates=gates,
             rates=base[:, None] * F.softplus(self.step_scale),
             decay=decay.sigmoid(),
@@ -100,6 +97,11 @@ class Policy(nn.Module):
             gain=gain,
             gain_log_variance=log_variance.clamp(-8.0, 4.0),
         )
+
+
+def _log_odds(gates: Tensor) -> Tensor:
+    """Return the logits at which the stretched sigmoid gives ``gates``, short of its flat ends."""
+    return ((gates - _LOW) / (_HIGH - _LOW)).clamp(0.05, 0.95).logit()
 
 
 def _bank_weights(prior: Tensor, sharpness: Tensor, distances: Tensor | None) -> Tensor:

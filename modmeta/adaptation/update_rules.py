@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from modmeta.adaptation.plan import Plan
+from modmeta.adapters import Unit
 from modmeta.registry import Registry
 
 UPDATE_RULES: Registry[Callable[..., nn.Module]] = Registry("update rule")
@@ -18,7 +18,7 @@ UPDATE_RULES: Registry[Callable[..., nn.Module]] = Registry("update rule")
 class PolicyRule(nn.Module):
     """Rates per unit and step as the policy decided for this domain."""
 
-    def __init__(self, units: int, steps: int, rate: float) -> None:
+    def __init__(self, units: Sequence[Unit], steps: int) -> None:
         super().__init__()
 
     def forward(self, plan: Plan) -> Tensor:
@@ -28,15 +28,15 @@ class PolicyRule(nn.Module):
 
 @UPDATE_RULES.register("constant")
 class ConstantRule(nn.Module):
-    """One rate for every unit, step and domain."""
+    """The rate of each unit's configuration, for every step and domain."""
 
-    def __init__(self, units: int, steps: int, rate: float) -> None:
+    def __init__(self, units: Sequence[Unit], steps: int) -> None:
         super().__init__()
-        self.rate = rate
+        self.rates = [unit.rate for unit in units]
 
     def forward(self, plan: Plan) -> Tensor:
         """Return rates ``(U, T)``."""
-        return torch.full_like(plan.rates, self.rate)
+        return plan.rates.new_tensor(self.rates)[:, None].expand_as(plan.rates)
 
 
 @UPDATE_RULES.register("lslr")
@@ -46,9 +46,9 @@ class LearnedRatesRule(nn.Module):
     Antoniou et al., "How to train your MAML", ICLR 2019; kept positive here.
     """
 
-    def __init__(self, units: int, steps: int, rate: float) -> None:
+    def __init__(self, units: Sequence[Unit], steps: int) -> None:
         super().__init__()
-        self.log_rates = nn.Parameter(torch.full((units, steps), math.log(rate)))
+        self.log_rates = nn.Parameter(torch.tensor([[unit.rate] * steps for unit in units]).log())
 
     def forward(self, plan: Plan) -> Tensor:
         """Return rates ``(U, T)``."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modmeta.adaptation.plan import Plan
 
@@ -58,7 +59,7 @@ def candidates(plan: Plan, reading: list[str]) -> dict[str, Plan]:
 def judge(
     plans: Mapping[str, Plan],
     labels: Tensor | None,
-    score: Callable[[Plan | None, Tensor, Tensor], Tensor],
+    predict: Callable[[Plan | None, Tensor, Tensor], Tensor],
     *,
     gain: float,
     gain_deviation: float,
@@ -68,7 +69,8 @@ def judge(
 ) -> Verdict:
     """Choose among the prior and some plans by nested cross-fitting and the policy's own prediction.
 
-    Each fold adapts on the rest of the support and scores its own images, so no image judges a fit that saw it.
+    Each fold adapts on the rest of the support and predicts its own images, so no image judges a fit that saw it.
+    Losses are taken at each candidate's best temperature: over-confidence would drown the differences.
     The policy's predicted gain counts like ``weight`` images; with one image per class, where nothing can be
     left out, it decides alone. Among the plans within one standard error of the best the cheapest wins, and
     it is accepted if its gain exceeds ``caution`` standard errors.
@@ -76,8 +78,7 @@ def judge(
     Args:
         plans: candidates, cheapest first.
         labels: ``(S,)`` labels of the support; None where there are none.
-        score: from a plan (None: the prior), indices to adapt on and indices to predict, to the loss of each
-            predicted image.
+        predict: from a plan (None: the prior), indices to adapt on and indices to predict, to logits.
         gain: the policy's predicted gain of the full plan, in nats.
         gain_deviation: standard deviation of that prediction.
         folds: number of folds, 2 or more.
@@ -87,17 +88,18 @@ def judge(
     if not plans:
         return Verdict(PRIOR, {}, {}, 0)
     splits = [] if labels is None else stratified_folds(labels, folds)
-    difference: dict[str, list[Tensor]] = {name: [] for name in plans}
-    for rest, fold in splits:
-        before = score(None, rest, fold)
-        for name, plan in plans.items():
-            difference[name].append(before - score(plan, rest, fold))
-    count = sum(len(fold) for _, fold in splits)
+    held = torch.cat([fold for _, fold in splits]) if splits else torch.zeros(0, dtype=torch.long)
+    losses: dict[str | None, Tensor] = {}
+    if labels is not None and splits:
+        for name, plan in {None: None, **plans}.items():
+            logits = torch.cat([predict(plan, rest, fold) for rest, fold in splits])
+            losses[name] = tempered_losses(logits, labels[held])
+    count = len(held)
     gains, errors = {}, {}
     for name in plans:
         # A third of the step, or only the statistics, can be expected to bring a part of the gain.
         predicted = gain if name == "plan" else 0.5 * gain
-        seen = torch.cat(difference[name]).double() if count else torch.zeros(0, dtype=torch.double)
+        seen = losses[None] - losses[name] if count else torch.zeros(0, dtype=torch.double)
         if not torch.isfinite(seen).all():
             gains[name], errors[name] = -math.inf, 0.0
             continue
@@ -111,6 +113,17 @@ def judge(
         choice = PRIOR
     finite = {name: value for name, value in gains.items() if math.isfinite(value)}
     return Verdict(choice, finite, {name: errors[name] for name in finite}, count)
+
+
+def tempered_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return cross-entropies ``(N,)`` in float64 at the temperature of a fixed grid that suits the logits best.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    factors = torch.logspace(-2, 1, 31, dtype=torch.double, device=logits.device)
+    scaled = factors[:, None, None] * logits.double()
+    losses = F.cross_entropy(scaled.flatten(0, 1), labels.repeat(len(factors)), reduction="none").view(len(factors), -1)
+    return losses[losses.mean(1).argmin()]
 
 
 def stratified_folds(labels: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:

@@ -24,6 +24,8 @@ class UnitConfig:
         depth: share of the way through the backbone, from 0 (images) to 1 (features).
         names: glob patterns of site names; None takes all.
         group: sites that are decided about together.
+        gate: how much of the module an untrained policy lets count, in 0..1; where its learning starts.
+        rate: learning rate that an untrained policy gives, as root mean square change per step, above 0.
     """
 
     module: str
@@ -33,6 +35,14 @@ class UnitConfig:
     depth: tuple[float, float] = (0.0, 1.0)
     names: list[str] | None = None
     group: Literal["site", "block", "stage", "all"] = "stage"
+    gate: float = 0.8
+    rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gate <= 1.0:
+            raise ModmetaError(f"units: gate of {self.module!r} must lie in 0..1, got {self.gate}")
+        if not self.rate > 0.0:
+            raise ModmetaError(f"units: rate of {self.module!r} must be above 0, got {self.rate}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class Unit:
         cost: what the unit adds, summed over its sites.
         learns: whether gradient steps move it.
         reads: whether it reads something off the support images, which needs neither labels nor gradients.
+        gate: gate of an untrained policy.
+        rate: learning rate of an untrained policy.
     """
 
     name: str
@@ -56,6 +68,8 @@ class Unit:
     cost: Cost
     learns: bool
     reads: bool
+    gate: float
+    rate: float
 
     @property
     def depth(self) -> float:
@@ -88,7 +102,9 @@ def resolve_units(backbone: Backbone, configs: Sequence[UnitConfig]) -> tuple[Un
             total = Cost(sum(cost.parameters for cost in costs), sum(cost.macs for cost in costs))
             learns = any(True for each in built for _ in each.parameters())
             reads = module.overrides("observe")
-            units.append(Unit(name, module, tuple(sites), dict(config.options), total, learns, reads))
+            units.append(
+                Unit(name, module, tuple(sites), dict(config.options), total, learns, reads, config.gate, config.rate)
+            )
     return tuple(units)
 
 

@@ -45,9 +45,9 @@ def verified(model: nn.Module, calls: Mapping[str, Call], image_size: int) -> di
     """Return the modules at which ``model`` can be cut, in the order in which they finish.
 
     Every candidate (a module of the top level or in a sequence, called once, that returns one tensor with the
-    batch first) is put to the proof: the rest of the model, run on what it returned and on
-    NaN for all else, must give the features of the whole model bit for bit and leave the activations as they
-    were. Not zeros for all else: residual branches of fresh models return zero, and would seem unused.
+    batch first) is put to the proof: the rest of the model, run on what it returned and on NaN for all else,
+    must give the features of the whole model bit for bit and leave the activations as they were. Not on zeros
+    for all else: residual branches of fresh models return zero, and would seem unused.
 
     Args:
         model: a shared copy in eval mode; it is left as it was.

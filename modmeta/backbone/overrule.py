@@ -39,9 +39,8 @@ def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
         for name, tensor in tensors.items():
             holder: Any = module._parameters if name in module._parameters else module._buffers
             if name not in holder:
-                raise unknown(
-                    "tensor", name, {**module._parameters, **module._buffers}, type(module).__name__
-                )
+                known = {**module._parameters, **module._buffers}
+                raise unknown("tensor", name, known, where=type(module).__name__)
             stores.append((holder, name, holder[name]))
             holder[name] = tensor
         yield

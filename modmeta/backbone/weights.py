@@ -84,14 +84,8 @@ def _cached(name: str) -> str | None:
     if cfg is None or not cfg.hf_hub_id or cfg.custom_load:
         return None
     names = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
-    found = (try_to_load_from_cache(_hub_id(cfg), file) for file in names)
+    found = (try_to_load_from_cache(cfg.hf_hub_id, file) for file in names)
     return next((path for path in found if isinstance(path, str)), None)
-
-
-def _hub_id(cfg: Any) -> str:
-    # timm writes "timm/" for "the repository under timm/ that is called like the model".
-    hub_id = str(cfg.hf_hub_id)
-    return f"{hub_id}{cfg.architecture}.{cfg.tag}" if hub_id.endswith("/") else hub_id
 
 
 def _reachable(name: str) -> bool:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE
 
 from modmeta.commands.arguments import Arguments
-from modmeta.commands.parser import ExplainingParser
+from modmeta.commands.parser import BriefParser
 from modmeta.commands.quiet import quiet
 from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError
@@ -43,9 +43,9 @@ class CommandLine(LightningCLI):
             subclass_mode_model=True,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_class=ExplainingParser,
+            parser_class=BriefParser,
             # "omegaconf+" resolves interpolations after all files and the command line; "omegaconf" before.
-            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "modmeta"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "modmeta"},
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             # Learners save their arguments as plain data themselves.

@@ -26,6 +26,7 @@ from modmeta.adaptation import (
     norm_sites,
     observe_norms,
     split_half_gradients,
+    tempered_losses,
 )
 from modmeta.adapters import State, UnitConfig
 from modmeta.data import Episode
@@ -53,7 +54,6 @@ class ModularMetaLearner(MetaLearner):
         source_images: images per class and domain that the source statistics are measured on.
         cache_dir: where frozen features are kept; None keeps them in memory.
         steps: inner gradient steps.
-        rate: inner learning rate of an untrained policy, as root mean square change per step.
         rule: registered update rule that gives the rates; ``policy`` lets the policy decide.
         trust: bound on the root mean square distance of a unit from its initial value.
         second_order: differentiate through the inner gradients.
@@ -80,7 +80,6 @@ class ModularMetaLearner(MetaLearner):
         source_images: int = 100,
         cache_dir: str | None = None,
         steps: int = 3,
-        rate: float = 0.02,
         rule: str = "policy",
         trust: float = 0.5,
         second_order: bool = False,
@@ -112,8 +111,8 @@ class ModularMetaLearner(MetaLearner):
         self.veto_caution = veto_caution
         self.calibration_episodes = calibration_episodes
         self.indicators = IndicatorSet(indicators)
-        self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps, rate=rate)
-        self.rule = UPDATE_RULES.get(rule)(len(self.model.units), steps, rate)
+        self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps)
+        self.rule = UPDATE_RULES.get(rule)(self.model.units, steps)
         self._norm_sites = norm_sites(self.model.backbone)
 
     # ------------------------------------------------------------------ the way of one domain
@@ -178,7 +177,7 @@ class ModularMetaLearner(MetaLearner):
             to_sources = situation.sources.distances(situation.features.mean(0), len(situation.features))
             rows = [situation.sources.domains.index(domain) for domain in known]
             distances = to_sources[rows] / situation.sources.typical
-        plan = self.policy([unit.name for unit in self.model.units], whole, each, distances, generator)
+        plan = self.policy(self.model.units, whole, each, distances, generator)
         plan = plan.within(self.budget, self.model.units)
         if situation.labels is None:
             plan = plan.keeping(self._reading())
@@ -214,24 +213,21 @@ class ModularMetaLearner(MetaLearner):
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
     def _judge(self, plan: Plan, support: Support, features: Tensor) -> Any:
-        def score(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
+        def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
             assert support.labels is not None
             part = replace(support, images=support.images[rest], labels=support.labels[rest])
             with torch.no_grad():
                 if candidate is None:
-                    logits = self.fit_head(features[rest], part)(features[fold])
-                else:
-                    state, _ = self.carry_out(candidate, part)
-                    both = torch.cat([rest, fold])
-                    x = self._features(support.images[both], state, candidate, features[both])
-                    classifier = self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)
-                    logits = classifier(x[len(rest) :])
-                return F.cross_entropy(logits, support.labels[fold], reduction="none")
+                    return self.fit_head(features[rest], part)(features[fold])
+                state, _ = self.carry_out(candidate, part)
+                both = torch.cat([rest, fold])
+                x = self._features(support.images[both], state, candidate, features[both])
+                return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
 
         return judge(
             candidates(plan, self._reading()) if self.veto else {},
             support.labels,
-            score,
+            predict,
             gain=float(plan.gain),
             gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
             folds=self.veto_folds,
@@ -250,12 +246,14 @@ class ModularMetaLearner(MetaLearner):
         features = self._features(support.images, state, plan, situation.features)
         adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
         ids = episode.query_ids if episode.shift is None else None
-        after = self.query_loss(self.logits(adapted, episode.query), episode.query_labels)
+        logits = self.logits(adapted, episode.query)
+        after = self.query_loss(logits, episode.query_labels)
         prior = self.fit_head(situation.features, support)(self.prior_features(episode.query, ids))
         before = self.query_loss(prior, episode.query_labels)
-        gain = (before - after).detach()
+        with torch.no_grad():
+            gain = (tempered_losses(prior, episode.query_labels) - tempered_losses(logits, episode.query_labels)).mean()
         harm = F.relu(after - before.detach() + self.harm_margin)
-        prediction = F.gaussian_nll_loss(plan.gain, gain, plan.gain_log_variance.exp(), eps=1e-4)
+        prediction = F.gaussian_nll_loss(plan.gain, gain.to(plan.gain), plan.gain_log_variance.exp(), eps=1e-4)
         # `before` teaches the head's own scalars on episodes whose plan leaves the units closed, too.
         return after + 0.5 * before + self.harm_weight * harm + self.cost_weight * self._cost(plan) + 0.1 * prediction
 

@@ -63,3 +63,25 @@ def backbone(request: pytest.FixtureRequest) -> Iterator[Backbone]:
 @pytest.fixture
 def images() -> Tensor:
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def change() -> Callable[..., dict[str, Tensor]]:
+    """Overlays that change every tensor of the sites of some kinds."""
+
+    def changed(
+        backbone: Backbone,
+        kinds: tuple[str, ...] = ("norm", "conv", "dwconv", "pwconv", "qkv"),
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = backbone.tensors()
+        return {
+            f"{site.name}.{local}": tensors[f"{site.name}.{local}"]
+            + 0.1 * torch.rand(shape, generator=generator)
+            for site in backbone.sites
+            if site.kind in kinds
+            for local, shape in site.shapes.items()
+        }
+
+    return changed

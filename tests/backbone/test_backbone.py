@@ -14,19 +14,6 @@ from modmeta.backbone import Backbone, second_order_safe
 from modmeta.errors import ModmetaError
 
 
-def changed(backbone, kinds=("norm", "conv", "dwconv", "pwconv", "qkv"), seed=0):
-    """Return an overlay that changes every tensor of the sites of ``kinds``."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = backbone.tensors()
-    return {
-        f"{site.name}.{local}": tensors[f"{site.name}.{local}"]
-        + 0.1 * torch.rand(shape, generator=generator, dtype=torch.float32)
-        for site in backbone.sites
-        if site.kind in kinds
-        for local, shape in site.shapes.items()
-    }
-
-
 def test_without_overlay_it_is_the_timm_model_bit_for_bit(backbone, images):
     with torch.no_grad():
         expected = backbone.model(backbone.prepare(images))
@@ -39,8 +26,8 @@ def test_overlay_of_the_own_tensors_changes_nothing(backbone, images):
     assert torch.equal(backbone(images, backbone.tensors()), backbone(images))
 
 
-def test_overlay_gives_the_outputs_and_gradients_of_a_model_that_has_these_tensors(backbone, images):
-    overlay = {name: tensor.requires_grad_() for name, tensor in changed(backbone).items()}
+def test_overlay_gives_the_outputs_and_gradients_of_a_model_that_has_these_tensors(backbone, images, change):
+    overlay = {name: tensor.requires_grad_() for name, tensor in change(backbone).items()}
     edited = copy.deepcopy(backbone.model)
     edited.load_state_dict({name: tensor.detach() for name, tensor in overlay.items()}, strict=False)
     got, expected = backbone(images, overlay), edited(backbone.prepare(images))
@@ -77,8 +64,8 @@ def test_no_gradient_reaches_the_model(backbone, images):
     assert all(parameter.grad is None for parameter in backbone.model.parameters())
 
 
-def test_vmap_over_overlays_equals_a_loop(backbone, images):
-    overlays = [changed(backbone, kinds=("norm",), seed=seed) for seed in range(3)]
+def test_vmap_over_overlays_equals_a_loop(backbone, images, change):
+    overlays = [change(backbone, kinds=("norm",), seed=seed) for seed in range(3)]
     stacked = {name: torch.stack([overlay[name] for overlay in overlays]) for name in overlays[0]}
     expected = torch.stack([backbone(images, overlay) for overlay in overlays])
     torch.testing.assert_close(vmap(lambda o: backbone(images, o))(stacked), expected, rtol=1e-4, atol=1e-5)
@@ -87,9 +74,9 @@ def test_vmap_over_overlays_equals_a_loop(backbone, images):
     torch.testing.assert_close(vmap(backbone.run)(tasks, stacked), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_vmap_behind_a_cut_equals_a_loop(backbone, images):
+def test_vmap_behind_a_cut_equals_a_loop(backbone, images, change):
     cut = backbone.cuts[len(backbone.cuts) // 2]
-    overlays = [changed(backbone, kinds=("norm",), seed=seed) for seed in range(2)]
+    overlays = [change(backbone, kinds=("norm",), seed=seed) for seed in range(2)]
     stacked = {name: torch.stack([overlay[name] for overlay in overlays]) for name in overlays[0]}
     hidden = torch.stack([backbone.run(x, stop=cut.name) for x in (images, images.flip(0))])
     expected = torch.stack(
@@ -99,12 +86,20 @@ def test_vmap_behind_a_cut_equals_a_loop(backbone, images):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_second_order_matches_finite_differences(get, name):
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("test_vit", "bias"),
+        ("test_resnet", "bias"),
+        ("test_resnet", "running_mean"),
+        ("test_resnet", "running_var"),
+    ],
+)
+def test_second_order_matches_finite_differences(get, name, local):
     backbone = copy.deepcopy(get(name)).double()
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     site = next(site for site in backbone.sites if site.kind == "norm" and site.depth > 0.5)
-    tensor = f"{site.name}.bias"
+    tensor = f"{site.name}.{local}"
     value = backbone.tensors()[tensor]
 
     def after_one_step(start):
@@ -186,9 +181,9 @@ def test_copies_are_independent(get, images):
         assert other.sites == backbone.sites
 
 
-def test_threads_do_not_see_each_other(get, images):
+def test_threads_do_not_see_each_other(get, images, change):
     backbone = copy.deepcopy(get("test_resnet"))
-    overlays = [changed(backbone, seed=seed) for seed in range(4)]
+    overlays = [change(backbone, seed=seed) for seed in range(4)]
     expected = [backbone(images, overlay) for overlay in overlays]
     wrong = []
 
@@ -237,9 +232,9 @@ def test_unknown_and_misshapen_tensors_are_refused(get, images):
         backbone(images, {"bn1.weight": torch.ones(1)})
 
 
-def test_overlay_given_is_not_written_to(get, images):
+def test_overlay_given_is_not_written_to(get, images, change):
     backbone = get("test_resnet")
-    overlay = changed(backbone)
+    overlay = change(backbone)
     before = dict(overlay)
     backbone(images, overlay)
     assert overlay.keys() == before.keys()

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from test_backbone import changed
 
 from modmeta.backbone import Backbone
 from modmeta.errors import ModmetaError
@@ -28,12 +27,12 @@ def test_from_cut_to_cut(backbone, images):
     assert backbone.run(hidden, start=first, stop=first) is hidden
 
 
-def test_overlay_behind_a_cut_equals_the_overlay_in_a_full_run(backbone, images):
+def test_overlay_behind_a_cut_equals_the_overlay_in_a_full_run(backbone, images, change):
     for cut in backbone.cuts[::2]:
         behind = {site.name for site in backbone.sites if site.order > cut.order}
         overlay = {
             name: tensor.requires_grad_()
-            for name, tensor in changed(backbone).items()
+            for name, tensor in change(backbone).items()
             if name.rpartition(".")[0] in behind
         }
         if not overlay:

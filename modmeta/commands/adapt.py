@@ -1,0 +1,104 @@
+"""``adapt``: from a checkpoint and a folder of images to an adapter file and its card."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from modmeta.adaptation import Adapted, Support
+from modmeta.adapters.adapter_file import HEAD, AdapterFile, write_adapter
+from modmeta.commands.images import find_images, load_images
+from modmeta.commands.load import load
+from modmeta.commands.quiet import quiet
+from modmeta.errors import ModmetaError
+from modmeta.evaluation.card import card_table, make_card, provenance, write_card
+from modmeta.learners import MetaLearner
+
+
+def run(options: argparse.Namespace) -> int:
+    """Adapt, and write what comes of it."""
+    quiet()
+    output = Path(options.output)
+    _check_output(output, options.overwrite)
+    learner = load(options)
+    if options.budget is not None:
+        _set_budget(learner, options.budget)
+    support = read_support(Path(options.support), learner, options.domain)
+    begin = time.perf_counter()
+    with torch.no_grad():  # adaptation switches gradients on where it needs them
+        adapted = learner.adapt(support)
+    seconds = time.perf_counter() - begin
+    content = AdapterFile(
+        classes=adapted.classes,
+        plan=adapted.plan.to_dict(),
+        state=adapted.state,
+        classifier={name: getattr(adapted.classifier, name) for name in HEAD},
+        head={"normalize": adapted.classifier.normalize},
+        provenance=provenance(support),
+    )
+    write_adapter(output, learner.model, content)
+    card = make_card(learner, support, adapted, seconds)
+    files = write_card(output, card)
+    console = Console()
+    console.print(card_table(card))
+    console.print(card["decision"])
+    if support.labels is None:
+        console.print(_without_labels(learner, adapted))
+    for file in (output, *files):
+        print(f"{file} ({file.stat().st_size / 1000:.0f} kB)")
+    return 0
+
+
+def read_support(folder: Path, learner: MetaLearner, domain: str | None = None) -> Support:
+    """Read labelled images from folders ``class/image``, or unlabelled ones from a flat folder.
+
+    Raises:
+        ModmetaError: if the folder is missing, empty, both at once, or has a single class.
+    """
+    paths = find_images(folder)
+    device, size = learner.device, learner.model.backbone.image_size
+    places = [path.relative_to(folder).parts[:-1] for path in paths]
+    flat = [path for path, place in zip(paths, places, strict=True) if not place]
+    if flat and len(flat) < len(paths):
+        raise ModmetaError(
+            f"the support folder {folder} holds images beside class folders, such as {flat[0].name}; "
+            f"sort all of them into classes, or none"
+        )
+    images = load_images(paths, size).to(device)
+    if flat:
+        return Support(images, None, learner.sources.classes, domain)
+    classes = tuple(sorted({place[0] for place in places}))
+    if len(classes) < 2:
+        raise ModmetaError(f"the support folder {folder} has one class, {classes[0]!r}; give two or more")
+    labels = torch.tensor([classes.index(place[0]) for place in places], device=device)
+    return Support(images, labels, classes, domain)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise ModmetaError(f"--output {output} should end with .safetensors")
+    if not output.parent.is_dir():
+        raise ModmetaError(f"--output {output}: the folder {output.parent} does not exist")
+    if output.exists() and not overwrite:
+        raise ModmetaError(f"--output {output} exists; choose another name or add --overwrite")
+
+
+def _set_budget(learner: MetaLearner, budget: float) -> None:
+    if not 0 <= budget <= 1:
+        raise ModmetaError(f"--budget must lie in 0..1, got {budget}")
+    if not hasattr(learner, "budget"):
+        raise ModmetaError(f"--budget: the learner {type(learner).__name__} of this checkpoint has no budget")
+    learner.budget = budget
+
+
+def _without_labels(learner: MetaLearner, adapted: Adapted) -> str:
+    able = [unit.name for unit in learner.model.units if unit.reads and not unit.learns]
+    used = [unit.name for unit in learner.model.active(adapted.plan.gate_of())]
+    return (
+        "The images have no labels: only units that need none may act "
+        f"({', '.join(able) or 'there is none'}); used: {', '.join(used) or 'none'}."
+    )

@@ -1,0 +1,67 @@
+"""``predict``: classes and probabilities of the images in a folder, with an adapter file."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from modmeta.adaptation import Adapted, Classifier, Plan
+from modmeta.adapters.adapter_file import AdapterFile, read_adapter
+from modmeta.commands.images import find_images, load_images
+from modmeta.commands.load import load
+from modmeta.commands.quiet import quiet
+from modmeta.errors import ModmetaError
+from modmeta.files import write_atomically
+
+COLUMNS = ("image", "class", "probability", "abstained")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Classify and write the table."""
+    quiet()
+    if options.batch_size < 1:
+        raise ModmetaError(f"--batch-size must be 1 or more, got {options.batch_size}")
+    if not 0 <= options.abstain_below <= 1:
+        raise ModmetaError(f"--abstain-below must lie in 0..1, got {options.abstain_below}")
+    paths = find_images(options.images)
+    learner = load(options)
+    adapted = restore(read_adapter(options.adapter, learner.model), learner.device)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    abstained = 0
+    batches = [paths[start : start + options.batch_size] for start in range(0, len(paths), options.batch_size)]
+    for batch in track(batches, description="predicting"):
+        images = load_images(batch, learner.model.backbone.image_size).to(learner.device)
+        with torch.no_grad():
+            best = learner.logits(adapted, images).softmax(-1).max(-1)
+        for path, p, index in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+            unsure = p < options.abstain_below
+            abstained += unsure
+            name = path.relative_to(options.images).as_posix()
+            writer.writerow((name, adapted.classes[index], f"{p:.6f}", str(unsure).lower()))
+    write_atomically(options.output, table.getvalue().encode())
+    print(f"{Path(options.output)}: {len(paths)} images, {abstained} abstained")
+    return 0
+
+
+def restore(file: AdapterFile, device: torch.device) -> Adapted:
+    """Return the adaptation that an adapter file holds.
+
+    Raises:
+        ModmetaError: if its plan is malformed.
+    """
+    try:
+        with torch.device(device):
+            plan = Plan.from_dict(file.plan)
+        normalize = bool(file.head["normalize"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModmetaError(f"the adapter file's plan is malformed ({error}); write it again with adapt") from error
+    classifier = {name: tensor.to(device) for name, tensor in file.classifier.items()}
+    state = {name: tensor.to(device) for name, tensor in file.state.items()}
+    return Adapted(state, plan, Classifier(**classifier, normalize=normalize), file.classes)

@@ -1,0 +1,201 @@
+"""The adaptation card: what an adaptation did and why, every figure computed, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from modmeta.adaptation import PRIOR, Adapted, Support
+from modmeta.adapters import Unit
+from modmeta.files import write_atomically
+from modmeta.learners import MetaLearner
+
+_PACKAGES = ("modmeta", "torch", "timm", "lightning", "safetensors")
+
+
+def provenance(support: Support) -> dict[str, Any]:
+    """Return where an adaptation comes from: the images by number and checksum, and the libraries by version."""
+    pixels = support.images.cpu().contiguous()
+    return {
+        "domain": support.domain,
+        "images": len(pixels),
+        "images_per_class": _images_per_class(support),
+        "support_sha256": hashlib.sha256(pixels.reshape(-1).view(torch.uint8).numpy().data).hexdigest(),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+@torch.no_grad()
+def make_card(learner: MetaLearner, support: Support, adapted: Adapted, seconds: float) -> dict[str, Any]:
+    """Return the card of an adaptation as plain data.
+
+    Args:
+        learner: what adapted.
+        support: the images it adapted to.
+        adapted: the outcome.
+        seconds: how long it took.
+    """
+    backbone, report = learner.model.backbone, adapted.report
+    return {
+        "decision": _decision(adapted, len(learner.model.units)),
+        "classes": list(adapted.classes),
+        "labelled": support.labels is not None,
+        "units": [_unit(learner, adapted, unit) for unit in learner.model.units],
+        "updated": learner.updated(adapted),
+        "expected_gain": report.get("expected_gain"),
+        "expected_gain_deviation": report.get("expected_gain_deviation"),
+        "verdict": report.get("verdict"),
+        "support_losses": report.get("support_losses", []),
+        "backbone": {
+            "name": backbone.name,
+            "fingerprint": backbone.fingerprint(),
+            "preprocessing": backbone.preprocessing,
+        },
+        "provenance": provenance(support),
+        "seconds": seconds,
+    }
+
+
+def write_card(adapter: str | Path, card: dict[str, Any]) -> tuple[Path, Path]:
+    """Write ``NAME.md`` and ``NAME.json`` beside the adapter file and return both."""
+    markdown, data = Path(adapter).with_suffix(".md"), Path(adapter).with_suffix(".json")
+    write_atomically(data, (json.dumps(card, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(markdown, render_markdown(Path(adapter).name, card).encode())
+    return markdown, data
+
+
+def card_table(card: dict[str, Any]) -> Table:
+    """Return the units of a card as a table for the terminal."""
+    table = Table(title=f"adaptation in {card['seconds']:.1f} s")
+    for heading in _UNIT_HEADINGS:
+        table.add_column(heading, justify="left" if heading == "unit" else "right")
+    for unit in card["units"]:
+        table.add_row(*_unit_cells(unit), style=None if unit["open"] else "dim")
+    return table
+
+
+def render_markdown(name: str, card: dict[str, Any]) -> str:
+    """Return a card as a Markdown page.
+
+    Args:
+        name: name of the adapter file.
+        card: what :func:`make_card` returned.
+    """
+    origin, verdict = card["provenance"], card["verdict"]
+    lines = [f"# Adapter {_text(name)}", "", _text(card["decision"]), ""]
+    lines += ["## Units", "", *_table(_UNIT_HEADINGS, map(_unit_cells, card["units"])), ""]
+    lines += [
+        "Moved: root mean square change of the unit's own tensors. Effect: size of the change of the backbone's "
+        "tensors relative to their own size; units that add computation have none.",
+        "",
+    ]
+    if card["expected_gain"] is not None:
+        gain, deviation = card["expected_gain"], card["expected_gain_deviation"]
+        lines += [f"The policy expected a gain of {gain:+.3f} ± {deviation:.3f} nats per image from its plan.", ""]
+    if verdict is not None:
+        rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
+        lines += ["## Veto", "", f"Chosen: **{_text(verdict['choice'])}**, on {verdict['evidence']} evidence images.", ""]
+        lines += [*_table(("candidate", "gain in nats", "error"), rows), ""]
+    lines += ["## Images", "", f"{origin['images']} images, {'labelled' if card['labelled'] else 'without labels'}."]
+    if origin["domain"]:
+        lines += [f"Domain: {_text(origin['domain'])}."]
+    if origin["images_per_class"]:
+        lines += ["", *_table(("class", "images"), ((k, str(n)) for k, n in origin["images_per_class"].items()))]
+    else:
+        lines += ["", f"Classes, as the source domains know them: {_text(', '.join(card['classes']))}."]
+    versions = ", ".join(f"{package} {number}" for package, number in origin["versions"].items())
+    lines += ["", f"Pixels: `sha256:{origin['support_sha256']}`", "", "## Origin", ""]
+    lines += [f"- backbone: {_text(card['backbone']['name'])}, `{card['backbone']['fingerprint']}`"]
+    lines += [f"- versions: {versions}", f"- adaptation took {card['seconds']:.2f} s", ""]
+    return "\n".join(lines)
+
+
+_UNIT_HEADINGS = ("unit", "gate", "rates per step", "parameters", "moved", "effect")
+
+
+def _unit_cells(unit: dict[str, Any]) -> tuple[str, ...]:
+    if not unit["open"]:
+        return (unit["name"], "closed", "-", str(unit["parameters"]), "-", "-")
+    rates = " ".join(f"{rate:.3f}" for rate in unit["rates"]) if unit["learns"] else "no gradient"
+    effect = "-" if unit["relative_change"] is None else f"{100 * unit['relative_change']:.2f} %"
+    return (unit["name"], f"{unit['gate']:.2f}", rates, str(unit["parameters"]), f"{unit['moved']:.4f}", effect)
+
+
+def _unit(learner: MetaLearner, adapted: Adapted, unit: Unit) -> dict[str, Any]:
+    plan = adapted.plan
+    row = plan.index(unit.name)
+    gate = float(plan.gates[row])
+    planned = adapted.report.get("plan")
+    return {
+        "name": unit.name,
+        "module": unit.module.name,
+        "sites": [site.name for site in unit.sites],
+        "parameters": unit.cost.parameters,
+        "learns": unit.learns and adapted.report.get("labelled", True),
+        "open": gate > 0,
+        "gate": gate,
+        "planned_gate": planned["gates"][row] if planned else gate,
+        "rates": plan.rates[row].tolist(),
+        "moved": _moved(learner, adapted, unit) if gate > 0 else 0.0,
+        "relative_change": _relative_change(learner, adapted, unit) if gate > 0 else 0.0,
+    }
+
+
+def _moved(learner: MetaLearner, adapted: Adapted, unit: Unit) -> float:
+    initial = learner.bank.initial()
+    names = [name for name in initial if name.startswith(f"{unit.name}|")]
+    return _norm(adapted.state[name] - initial[name] for name in names) / max(
+        1.0, sum(initial[name].numel() for name in names) ** 0.5
+    )
+
+
+def _relative_change(learner: MetaLearner, adapted: Adapted, unit: Unit) -> float | None:
+    new = learner.model.overlay(adapted.state, adapted.plan.gate_of(), [unit])
+    if not new:
+        return None
+    old = learner.model.backbone.tensors()
+    return _norm(tensor - old[name] for name, tensor in new.items()) / max(
+        1e-12, _norm(old[name] for name in new)
+    )
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5)
+
+
+def _decision(adapted: Adapted, units: int) -> str:
+    verdict = adapted.report.get("verdict")
+    count = len(adapted.plan.gate_of())
+    if verdict is not None and verdict["choice"] == PRIOR:
+        return "Nothing was adapted but the head: the evidence did not speak for the plan."
+    chosen = f" (candidate {verdict['choice']!r})" if verdict else ""
+    return f"{count} of {units} units were adapted{chosen}."
+
+
+def _images_per_class(support: Support) -> dict[str, int]:
+    if support.labels is None:
+        return {}
+    counts = Counter(support.labels.tolist())
+    return {name: counts[index] for index, name in enumerate(support.classes)}
+
+
+def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(headings)
+    lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _text(text: str) -> str:
+    """Make a name that a user chose harmless in Markdown."""
+    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
