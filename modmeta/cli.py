@@ -87,6 +87,8 @@ def _user_message(error: BaseException) -> str | None:
     for each in _chain(error):
         if type(each).__name__ == "MisconfigurationException":
             return _one_line(each)
+        if "loading state_dict for" in str(each):
+            return f"the checkpoint does not fit the model: {_one_line(each)[:300]}"
     return None
 
 

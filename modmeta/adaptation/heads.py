@@ -75,6 +75,9 @@ class Head(nn.Module, ABC):
         ridge: initial ridge strength for features of unit length, above 0; unused by some heads.
     """
 
+    anchored = False
+    """Whether the head knows the source classes without any support image."""
+
     def __init__(self, scale: float = 10.0, ridge: float = 1.0) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
@@ -227,6 +230,8 @@ class AnchoredRidgeHead(RidgeHead):
     For classes that the sources share it starts from their classifier and corrects it by the support; for new
     classes it is plain ridge. With few images this is the bar that any adaptation has to pass.
     """
+
+    anchored = True
 
     def _start(self, anchor: Anchor | None, width: int, ways: int, like: Tensor) -> Tensor:
         return like.new_zeros(width, ways) if anchor is None else anchor.weight

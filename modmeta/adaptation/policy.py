@@ -49,14 +49,16 @@ class Policy(nn.Module):
         )
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(3 * hidden, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.per_unit = nn.Linear(hidden, _OUTPUTS)
-        self.whole = nn.Linear(2 * hidden + global_width, 3)  # ridge factor, predicted gain, its log variance
+        self.head = nn.Linear(2 * hidden + global_width, 1)  # factor on the head's ridge strength
+        self.forecast = nn.Linear(2 * hidden + global_width, 2)  # gain of the plan, and its log variance
         self.step_scale = nn.Parameter(torch.full((steps,), math.log(math.e - 1)))
         # Untrained, the policy says to every domain what the units' configuration says.
         nn.init.zeros_(self.per_unit.weight)
-        nn.init.zeros_(self.whole.weight)
+        for linear in (self.head, self.forecast):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
         with torch.no_grad():
             self.per_unit.bias.copy_(torch.tensor([0.0, 0.0, -5.0, 2.0, 0.0]))
-            self.whole.bias.copy_(torch.tensor([0.0, 0.0, -2.0]))
 
     def forward(
         self,
@@ -86,7 +88,10 @@ class Policy(nn.Module):
             gate = (gate + noise) / _TEMPERATURE
         gates = (gate.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
         base = rate.new_tensor([unit.rate for unit in units]) * (self.log_spread * rate.tanh()).exp()
-        ridge, gain, log_variance = self.whole(torch.cat([pooled, whole])).unbind()
+        summary = torch.cat([pooled, whole])
+        ridge = self.head(summary)[0]
+        # The forecast looks on: it must not bend the plan towards what is easy to foresee.
+        gain, log_variance = self.forecast(summary.detach()).unbind()
         return Plan(
             units=tuple(unit.name for unit in units),
             gates=gates,
@@ -95,7 +100,7 @@ class Policy(nn.Module):
             bank=_bank_weights(prior, sharpness, distances),
             ridge=(self.log_spread * ridge.tanh()).exp(),
             gain=gain,
-            gain_log_variance=log_variance.clamp(-8.0, 4.0),
+            gain_log_variance=(log_variance - 3.0).clamp(-8.0, 4.0),
         )
 
 

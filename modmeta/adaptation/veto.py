@@ -59,35 +59,35 @@ def candidates(plan: Plan, reading: list[str]) -> dict[str, Plan]:
 def judge(
     plans: Mapping[str, Plan],
     labels: Tensor | None,
+    anchored: bool,
     predict: Callable[[Plan | None, Tensor, Tensor], Tensor],
     *,
     gain: float,
     gain_deviation: float,
     folds: int = 2,
-    weight: float = 10.0,
     caution: float = 1.0,
 ) -> Verdict:
     """Choose among the prior and some plans by nested cross-fitting and the policy's own prediction.
 
     Each fold adapts on the rest of the support and predicts its own images, so no image judges a fit that saw it.
     Losses are taken at each candidate's best temperature: over-confidence would drown the differences.
-    The policy's predicted gain counts like ``weight`` images; with one image per class, where nothing can be
+    The policy's predicted gain is the prior of that measurement; with one image per class, where nothing can be
     left out, it decides alone. Among the plans within one standard error of the best the cheapest wins, and
     it is accepted if its gain exceeds ``caution`` standard errors.
 
     Args:
         plans: candidates, cheapest first.
         labels: ``(S,)`` labels of the support; None where there are none.
+        anchored: whether the head knows the classes without any support, so that a class may be left out whole.
         predict: from a plan (None: the prior), indices to adapt on and indices to predict, to logits.
         gain: the policy's predicted gain of the full plan, in nats.
         gain_deviation: standard deviation of that prediction.
         folds: number of folds, 2 or more.
-        weight: number of images that the prediction counts for.
         caution: standard errors that a gain must exceed.
     """
     if not plans:
         return Verdict(PRIOR, {}, {}, 0)
-    splits = [] if labels is None else stratified_folds(labels, folds)
+    splits = [] if labels is None else stratified_folds(labels, folds, anchored)
     held = torch.cat([fold for _, fold in splits]) if splits else torch.zeros(0, dtype=torch.long)
     losses: dict[str | None, Tensor] = {}
     if labels is not None and splits:
@@ -103,16 +103,27 @@ def judge(
         if not torch.isfinite(seen).all():
             gains[name], errors[name] = -math.inf, 0.0
             continue
-        prior_error = gain_deviation**2
-        own = float(seen.var(correction=1)) if count > 1 else 0.0
-        gains[name] = (weight * predicted + float(seen.sum())) / (weight + count)
-        errors[name] = math.sqrt((weight**2 * prior_error + count * own) / (weight + count) ** 2)
+        # Both are estimates of this episode's gain, weighed by their precision.
+        precision = 1.0 / max(gain_deviation, 1e-6) ** 2
+        mean = precision * predicted
+        if count > 1:
+            own = count / max(float(seen.var(correction=1)), 1e-12)
+            precision, mean = precision + own, mean + own * float(seen.mean())
+        gains[name], errors[name] = mean / precision, precision**-0.5
     best = max(gains, key=lambda name: gains[name])
-    choice = next(name for name in plans if gains[name] >= gains[best] - errors[best])
+    choice = next(name for name in plans if _within_one_error(losses.get(name), losses.get(best), gains[name], gains[best]))
     if not gains[choice] > caution * errors[choice]:
         choice = PRIOR
     finite = {name: value for name, value in gains.items() if math.isfinite(value)}
     return Verdict(choice, finite, {name: errors[name] for name in finite}, count)
+
+
+def _within_one_error(mine: Tensor | None, best: Tensor | None, gain: float, best_gain: float) -> bool:
+    """Return whether a candidate is as good as the best one, up to the error of their paired difference."""
+    if mine is None or best is None or len(mine) < 2:
+        return gain >= best_gain
+    difference = mine - best
+    return float(difference.mean()) <= float(difference.std(correction=1)) / len(difference) ** 0.5
 
 
 def tempered_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,19 +137,26 @@ def tempered_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses[losses.mean(1).argmin()]
 
 
-def stratified_folds(labels: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
-    """Split a support into folds that leave at least one image of every class in the rest.
+def stratified_folds(labels: Tensor, folds: int, anchored: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Split a support into folds, each with its share of every class.
+
+    Args:
+        labels: ``(S,)``.
+        folds: number of folds; fewer where the classes have fewer images.
+        anchored: whether a class with a single image may be missing from the rest.
 
     Returns:
-        ``(indices of the rest, indices of the fold)`` pairs; empty when some class has a single image.
+        ``(indices of the rest, indices of the fold)`` pairs; empty when they would leave out a class whole.
     """
     counts = torch.bincount(labels)
     smallest = int(counts[counts > 0].min())
+    if smallest < 2:
+        if not anchored or len(labels) < 4:
+            return []
+        smallest = folds
     folds = min(folds, smallest)
-    if folds < 2:
-        return []
     position = torch.zeros_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        position[members] = torch.arange(len(members), device=labels.device) % folds
+        position[members] = (torch.arange(len(members), device=labels.device) + label) % folds
     return [((position != fold).nonzero().flatten(), (position == fold).nonzero().flatten()) for fold in range(folds)]

@@ -1,4 +1,4 @@
-"""The adapter file: what one domain adds to a shared backbone, as one safetensors file of checked, plain data."""
+"""The adapter file: what one domain adds to a shared backbone, as one file of checked, plain data."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile
         f"state:{name}": tensor for name, tensor in content.state.items() if name.partition("|")[0] in active
     }
     tensors |= {f"head:{name}": content.classifier[name] for name in HEAD}
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()
+    }
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModmetaError(f"the adaptation diverged: {name} is not finite; nothing was written")
@@ -90,7 +92,9 @@ def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile
     try:
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
-        raise ModmetaError("the adaptation's plan holds a number that is not finite; nothing was written") from error
+        raise ModmetaError(
+            "the adaptation's plan holds a number that is not finite; nothing was written"
+        ) from error
     # One key only: with more, their order would differ from process to process.
     write_atomically(path, save(tensors, {"modmeta": text}))
     return digest
@@ -109,7 +113,8 @@ def read_adapter(path: str | Path, model: AdaptedBackbone) -> AdapterFile:
         theirs = metadata["backbone"].get(what)
         if theirs != ours:
             raise ModmetaError(
-                f"adapter file {file} is for another backbone: its {what} is {theirs}, that of this checkpoint {ours}"
+                f"adapter file {file} is for another backbone: its {what} is {theirs}, "
+                f"that of this checkpoint {ours}"
             )
     active = _active_units(file, metadata, model)
     expected = _expected(model, active, len(metadata["classes"]))
@@ -120,7 +125,8 @@ def read_adapter(path: str | Path, model: AdaptedBackbone) -> AdapterFile:
     }
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != ("F32", expected.get(name)):
-            _refuse(file, f"tensor {name!r} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}")
+            have, want = found.get(name, "missing"), expected.get(name, "known")
+            _refuse(file, f"tensor {name!r} is {have}, not {want}")
     try:
         tensors = load(data)
     except SafetensorError as error:
@@ -176,8 +182,8 @@ def _active_units(file: Path, metadata: dict[str, Any], model: AdaptedBackbone) 
     local = {unit.name: unit for unit in model.units}
     stored = {unit.get("name"): unit for unit in metadata["units"] if isinstance(unit, dict)}
     plan = metadata["plan"]
-    gates = plan.get("gates")
-    if not isinstance(plan.get("units"), list) or not isinstance(gates, list) or len(gates) != len(plan["units"]):
+    names, gates = plan.get("units"), plan.get("gates")
+    if not isinstance(names, list) or not isinstance(gates, list) or len(gates) != len(names):
         _refuse(file, "its plan does not give a gate for every unit")
     if not all(isinstance(gate, (int, float)) and math.isfinite(gate) for gate in gates):
         _refuse(file, "a gate of its plan is no number")
@@ -239,7 +245,9 @@ def _json(file: Path, text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ModmetaError(f"adapter file {file} is refused: its header is no valid JSON ({error})") from error
+        raise ModmetaError(
+            f"adapter file {file} is refused: its header is no valid JSON ({error})"
+        ) from error
     if not isinstance(found, dict):
         _refuse(file, "its header is malformed")
     return found

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from modmeta.adaptation import Adapted, Support
 from modmeta.adapters.adapter_file import HEAD, AdapterFile, write_adapter
@@ -16,6 +15,7 @@ from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.card import card_table, make_card, provenance, write_card
+from modmeta.evaluation.terminal import console
 from modmeta.learners import MetaLearner
 
 
@@ -43,11 +43,10 @@ def run(options: argparse.Namespace) -> int:
     write_adapter(output, learner.model, content)
     card = make_card(learner, support, adapted, seconds)
     files = write_card(output, card)
-    console = Console()
-    console.print(card_table(card))
-    console.print(card["decision"])
+    console().print(card_table(card))
+    print(card["decision"])
     if support.labels is None:
-        console.print(_without_labels(learner, adapted))
+        print(_without_labels(learner, adapted))
     for file in (output, *files):
         print(f"{file} ({file.stat().st_size / 1000:.0f} kB)")
     return 0
@@ -92,7 +91,7 @@ def _set_budget(learner: MetaLearner, budget: float) -> None:
         raise ModmetaError(f"--budget must lie in 0..1, got {budget}")
     if not hasattr(learner, "budget"):
         raise ModmetaError(f"--budget: the learner {type(learner).__name__} of this checkpoint has no budget")
-    learner.budget = budget
+    setattr(learner, "budget", budget)  # noqa: B010
 
 
 def _without_labels(learner: MetaLearner, adapted: Adapted) -> str:

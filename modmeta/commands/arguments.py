@@ -1,4 +1,4 @@
-"""What must be known of a command line before it is parsed: its configuration files and the user's own code."""
+"""What must be known of a command line before it is parsed: its files and the user's own code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from modmeta.commands.options import OneLineParser
 from modmeta.commands.plugins import import_files, resolve_file
@@ -62,8 +62,20 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ModmetaError: if it is missing, no YAML, or no mapping of keys.
     """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ModmetaError(f"config: {path} holds no keys; see configs/quickstart.yaml for an example")
+    return content
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as plain data.
+
+    Raises:
+        ModmetaError: if it is missing or no YAML.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModmetaError(f"config: the file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -71,10 +83,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise ModmetaError(f"config: {path}{where} is no valid YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(content, dict):
-        raise ModmetaError(f"config: {path} holds no keys; see configs/quickstart.yaml for an example")
-    return content
+        problem = getattr(error, "problem", error)
+        raise ModmetaError(f"config: {path}{where} is no valid YAML: {problem}") from error
 
 
 def _modules_of(config: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""From jsonargparse's nested error reports to one line: the full key, what is wrong, the nearest right one."""
+"""From jsonargparse's nested reports to one line: the full key, what is wrong, the nearest right one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def argument_keys(cls: Any) -> Iterator[str]:
     if not isinstance(cls, type):
         return
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(getattr(cls, "__init__"))  # noqa: B009
     except (NameError, TypeError):
         hints = {}
     for name in inspect.signature(cls).parameters:
@@ -80,7 +80,7 @@ def _describe(text: str, key: str, prefix: str, known: list[str]) -> str:
     if found := re.match(r"(?:Group|Subcommand) '([^']+)' does not accept option '([^']+)'", text):
         return _unknown_key(f"{prefix}{found[1]}.{found[2]}", known)
     if found := re.search(r"the following arguments are required: ([^ ,]+)", text):
-        return f"the key {prefix}{found[1]} is missing; give it in the configuration file or on the command line"
+        return f"the key {prefix}{found[1]} is missing; give it in a configuration file or as an option"
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return f"{key}: unknown class {found[1]!r}; {_advice(found[1], _class_names())}"
     if found := re.search(r"(No module named '[^']+'|module '\S+' has no attribute '\S+')", text):

@@ -1,4 +1,4 @@
-"""``fit``, ``validate`` and ``test``: Lightning's command line with modmeta's run folder, errors and tables."""
+"""``fit``, ``validate``, ``test``: Lightning's command line with modmeta's run folder, errors and tables."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys that belong to the run as a whole."""
-        parser.add_argument("--name", type=str | None, default=None, help="The run lies in runs/NAME/version_N.")
-        parser.add_argument("--modules", type=list[str], default=[], help="Python files with modules or learners.")
-        parser.add_argument("--test_after_fit", type=bool, default=False, help="Test at the end of a fit.")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume or measure.")
+        add = parser.add_argument
+        add("--name", type=str | None, default=None, help="The run lies in runs/NAME/version_N.")
+        add("--modules", type=list[str], default=[], help="Python files with modules or learners.")
+        add("--test_after_fit", type=bool, default=False, help="Test at the end of a fit.")
+        add("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume or measure.")
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's name, so that the saved configuration has it."""
@@ -75,10 +76,10 @@ class CommandLine(LightningCLI):
             kwargs["logger"] = _loggers(folder)
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if given["enable_checkpointing"] is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            # One file that always holds the last finished epoch: a run that diverges leaves a good one behind.
-            keep = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-            kwargs["callbacks"] = [*callbacks, keep]
+        if given["enable_checkpointing"] is not False and not any(
+            isinstance(callback, Checkpoint) for callback in callbacks
+        ):
+            kwargs["callbacks"] = [*callbacks, _last_epoch()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -102,13 +103,23 @@ def run(command: str, words: list[str]) -> int:
             _announce(cli.trainer)
             return 0
         checkpoint = None
-    own_table = isinstance(cli.model, MetaLearner)
     measure = cli.trainer.validate if command == "validate" else cli.trainer.test
-    measure(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=not own_table)
-    if own_table:
+    measure(
+        cli.model,
+        datamodule=cli.datamodule,
+        ckpt_path=checkpoint,
+        weights_only=True,
+        verbose=not isinstance(cli.model, MetaLearner),
+    )
+    if isinstance(cli.model, MetaLearner):
         _report(cli.trainer, cli.model)
     _announce(cli.trainer)
     return 0
+
+
+def _last_epoch() -> ModelCheckpoint:
+    # One file that always holds the last finished epoch: a run that diverges leaves a good one behind.
+    return ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -132,11 +143,16 @@ def _report(trainer: Trainer, learner: MetaLearner) -> None:
     if not trainer.is_global_zero:
         return
     print_results(learner.results)
-    if folder is not None and not trainer.fast_dev_run:
+    if folder is not None and not _is_trial(trainer):
         write_results(Path(folder, "results.json"), learner.results)
 
 
 def _announce(trainer: Trainer) -> None:
     folder = trainer.log_dir
-    if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:
+    if trainer.is_global_zero and folder is not None and not _is_trial(trainer):
         print(f"run folder: {folder}")
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    """Whether this is Lightning's ``fast_dev_run``, which leaves no files behind."""
+    return bool(getattr(trainer, "fast_dev_run", False))

@@ -17,16 +17,16 @@ usage: modmeta {name} --config FILE [--KEY VALUE ...]
 
 {summary}
 
-  --config FILE            a YAML file of the keys below, such as configs/quickstart.yaml; give several to merge them
+  --config FILE            a YAML file of the keys below, such as configs/quickstart.yaml; may be repeated
   --modules FILE.py        a file with your own adapter modules or learners; may be repeated
   --ckpt_path FILE         the checkpoint to {checkpoint}
   --name NAME              the run lies in runs/NAME/version_N; default: the name of the configuration file
   --test_after_fit BOOL    measure the test episodes after a fit
   --seed_everything INT    seed of everything that is random
-  --model CLASS            the learner, such as ModularMetaLearner, or my_file.MyLearner with --modules my_file.py
-  --model.init_args.*      backbone.name, backbone.pretrained, units, head, source.epochs, learning_rate, steps, ...
-  --data.*                 root, train_domains, val_domains, test_domains, image_size, ways, shots, eval_shots, ...
-  --trainer.*              every option of Lightning's Trainer: max_epochs, accelerator, devices, strategy, ...
+  --model CLASS            the learner, such as ModularMetaLearner, or my_file.MyLearner with --modules
+  --model.init_args.*      backbone.name, backbone.pretrained, units, head, source.epochs, steps, ...
+  --data.*                 root, test_domains, image_size, ways, shots, eval_shots, ...
+  --trainer.*              Lightning's Trainer: max_epochs, accelerator, devices, strategy, ...
   --print_config           print the resolved configuration and stop
   --help-all               every option with its type and default
 
@@ -35,7 +35,10 @@ A run's own config.yaml is accepted by fit, validate and test alike."""
 
 _SUMMARIES = {
     "fit": ("Train on the source domains, then meta-train on episodes.", "resume from"),
-    "validate": ("Measure a checkpoint on the validation episodes.", "measure (its run's config.yaml is the default)"),
+    "validate": (
+        "Measure a checkpoint on the validation episodes.",
+        "measure (its run's config.yaml is the default)",
+    ),
     "test": ("Measure a checkpoint on the test episodes.", "measure (its run's config.yaml is the default)"),
 }
 
@@ -56,7 +59,8 @@ class OneLineParser(argparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             close = nearest(found[1], options)
             raise ModmetaError(
-                f"unknown option {found[1]}; " + (f"did you mean {close}?" if close else f"see {self.prog} --help")
+                f"unknown option {found[1]}; "
+                + (f"did you mean {close}?" if close else f"see {self.prog} --help")
             )
         raise ModmetaError(f"{message}; see {self.prog} --help")
 
@@ -78,9 +82,13 @@ def adapt_parser() -> OneLineParser:
         "--support", required=True, metavar="DIR",
         help="folders of images, one per class; or images without labels, all in one folder",
     )  # fmt: skip
-    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the adapter file to write")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.safetensors", help="the adapter file to write"
+    )
     parser.add_argument("--domain", metavar="NAME", help="name of the domain, for the card and as a hint")
-    parser.add_argument("--budget", type=float, metavar="X", help="share of the backbone's depth to update, 0 to 1")
+    parser.add_argument(
+        "--budget", type=float, metavar="X", help="share of the backbone's depth to update, 0 to 1"
+    )
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter file")
     return parser
@@ -89,7 +97,9 @@ def adapt_parser() -> OneLineParser:
 def predict_parser() -> OneLineParser:
     """Return the parser of ``predict``."""
     parser = _parser("predict", "Classify the images of a folder with an adapter file.")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE.ckpt", help="the checkpoint that was adapted")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE.ckpt", help="the checkpoint that was adapted"
+    )
     parser.add_argument("--adapter", required=True, metavar="FILE.safetensors", help="what adapt wrote")
     parser.add_argument("--images", required=True, metavar="DIR", help="searched with all its subfolders")
     parser.add_argument("--output", required=True, metavar="FILE.csv", help="the table to write")
@@ -104,11 +114,15 @@ def predict_parser() -> OneLineParser:
 
 def modules_parser() -> OneLineParser:
     """Return the parser of ``modules``."""
-    parser = _parser("modules", "List the adapter modules and, for a backbone, where they act and what they cost.")
+    parser = _parser(
+        "modules", "List the adapter modules and, for a backbone, where they act and what they cost."
+    )
     parser.add_argument("--backbone", metavar="NAME", help="a timm model, here with random weights")
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument(
-        "--units", metavar="FILE.yaml", help="a fit configuration, or a list of units, to resolve on the backbone"
+        "--units",
+        metavar="FILE.yaml",
+        help="a fit configuration, or a list of units, to resolve on the backbone",
     )
     return parser
 

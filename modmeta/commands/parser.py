@@ -12,7 +12,7 @@ from modmeta.commands.explain import explain, explain_interpolation
 
 
 class BriefParser(LightningArgumentParser):
-    """Lightning's parser without abbreviations, and with one line in place of the whole usage for an error."""
+    """Lightning's parser without abbreviations, and with one line for an error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # jsonargparse makes a parser of this class for every nested class, too.

@@ -43,12 +43,17 @@ def import_files(paths: Iterable[Path]) -> None:
         except ModmetaError:
             raise
         except Exception as error:
-            raise ModmetaError(f"modules: {path} cannot be imported: {type(error).__name__}: {error}") from error
+            raise ModmetaError(
+                f"modules: {path} cannot be imported: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _refuse_other(path: Path) -> None:
     loaded = sys.modules.get(path.stem)
-    spec = find_spec(path.stem) if loaded is None else None
-    origin = getattr(loaded, "__file__", None) if loaded is not None else spec and spec.origin
+    if loaded is None:
+        spec = find_spec(path.stem)
+        origin = None if spec is None else spec.origin
+    else:
+        origin = getattr(loaded, "__file__", None)
     if origin is None or Path(origin).resolve() != path:
         raise ModmetaError(f"modules: {path} has the name of another module ({path.stem}); rename the file")

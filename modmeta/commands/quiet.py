@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 
-_LOG_LINES = ("💡 Tip", "TPU available", "HPU available", "`Trainer.fit` stopped", "`Trainer already configured")
+_LOG_LINES = (
+    "💡 Tip",
+    "TPU available",
+    "HPU available",
+    "`Trainer.fit` stopped",
+    "`Trainer already configured",
+)
 _WARNINGS = (
     r"LightningCLI's args parameter is intended",
     r".*does not have many workers",
@@ -16,6 +22,7 @@ _WARNINGS = (
     r"Found \d+ module",
     r".*tensorboardX.*has been removed as a dependency",
     r".*Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",
     r".*Experiment logs directory .* exists and is not empty",
 )
 

@@ -25,7 +25,7 @@ _PACKAGES = ("modmeta", "torch", "timm", "lightning", "safetensors")
 
 
 def provenance(support: Support) -> dict[str, Any]:
-    """Return where an adaptation comes from: the images by number and checksum, and the libraries by version."""
+    """Return where an adaptation comes from: number and checksum of the images, versions of the libraries."""
     pixels = support.images.cpu().contiguous()
     return {
         "domain": support.domain,
@@ -96,22 +96,40 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
     lines = [f"# Adapter {_text(name)}", "", _text(card["decision"]), ""]
     lines += ["## Units", "", *_table(_UNIT_HEADINGS, map(_unit_cells, card["units"])), ""]
     lines += [
-        "Moved: root mean square change of the unit's own tensors. Effect: size of the change of the backbone's "
-        "tensors relative to their own size; units that add computation have none.",
+        "The planned gate is the policy's; the gate is what was carried out after the veto. Moved: root mean "
+        "square change of the unit's own tensors. Effect: size of the change of the backbone's tensors "
+        "relative to their own size; units that add computation have none.",
         "",
     ]
     if card["expected_gain"] is not None:
         gain, deviation = card["expected_gain"], card["expected_gain_deviation"]
-        lines += [f"The policy expected a gain of {gain:+.3f} ± {deviation:.3f} nats per image from its plan.", ""]
+        lines += [
+            f"The policy expected a gain of {gain:+.3f} ± {deviation:.3f} nats per image from its plan.",
+            "",
+        ]
     if verdict is not None:
-        rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
-        lines += ["## Veto", "", f"Chosen: **{_text(verdict['choice'])}**, on {verdict['evidence']} evidence images.", ""]
+        rows = [
+            (who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()
+        ]
+        lines += [
+            "## Veto",
+            "",
+            f"Chosen: **{_text(verdict['choice'])}**, on {verdict['evidence']} evidence images.",
+            "",
+        ]
         lines += [*_table(("candidate", "gain in nats", "error"), rows), ""]
-    lines += ["## Images", "", f"{origin['images']} images, {'labelled' if card['labelled'] else 'without labels'}."]
+    lines += [
+        "## Images",
+        "",
+        f"{origin['images']} images, {'labelled' if card['labelled'] else 'without labels'}.",
+    ]
     if origin["domain"]:
         lines += [f"Domain: {_text(origin['domain'])}."]
     if origin["images_per_class"]:
-        lines += ["", *_table(("class", "images"), ((k, str(n)) for k, n in origin["images_per_class"].items()))]
+        lines += [
+            "",
+            *_table(("class", "images"), ((k, str(n)) for k, n in origin["images_per_class"].items())),
+        ]
     else:
         lines += ["", f"Classes, as the source domains know them: {_text(', '.join(card['classes']))}."]
     versions = ", ".join(f"{package} {number}" for package, number in origin["versions"].items())
@@ -121,15 +139,17 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_UNIT_HEADINGS = ("unit", "gate", "rates per step", "parameters", "moved", "effect")
+_UNIT_HEADINGS = ("unit", "planned gate", "gate", "rates per step", "parameters", "moved", "effect")
 
 
 def _unit_cells(unit: dict[str, Any]) -> tuple[str, ...]:
+    planned = f"{unit['planned_gate']:.2f}" if unit["planned_gate"] > 0 else "closed"
     if not unit["open"]:
-        return (unit["name"], "closed", "-", str(unit["parameters"]), "-", "-")
+        return (unit["name"], planned, "closed", "-", str(unit["parameters"]), "-", "-")
     rates = " ".join(f"{rate:.3f}" for rate in unit["rates"]) if unit["learns"] else "no gradient"
     effect = "-" if unit["relative_change"] is None else f"{100 * unit['relative_change']:.2f} %"
-    return (unit["name"], f"{unit['gate']:.2f}", rates, str(unit["parameters"]), f"{unit['moved']:.4f}", effect)
+    moved = f"{unit['moved']:.4f}"
+    return (unit["name"], planned, f"{unit['gate']:.2f}", rates, str(unit["parameters"]), moved, effect)
 
 
 def _unit(learner: MetaLearner, adapted: Adapted, unit: Unit) -> dict[str, Any]:

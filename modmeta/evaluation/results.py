@@ -6,11 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from modmeta.evaluation.terminal import console
 from modmeta.files import write_atomically
 from modmeta.learners import Result
+
+_HEADINGS = (
+    "domain", "shots", "source\nmodel", "before", "after", "gain\n[95 % interval]", "units\nmoved",
+    "params\nmoved", "sec.", "epi-\nsodes",
+)  # fmt: skip
 
 Figures = dict[tuple[str, str], Result]
 
@@ -28,24 +34,23 @@ def write_results(path: str | Path, results: Sequence[Result]) -> None:
 def print_results(results: Sequence[Result]) -> None:
     """Print one row per domain and number of shots."""
     if results:
-        Console().print(results_table(results))
+        console().print(results_table(results))
 
 
 def results_table(results: Sequence[Result]) -> Table:
     """Return the table of accuracy before and after adaptation, and of what the adaptation cost."""
-    table = Table(title="accuracy in %, with the 95 % interval of the gain")
-    table.add_column("domain")
-    for heading in ("shots", "ways", "source", "before", "after", "gain", "units", "parameters", "seconds", "episodes"):
-        table.add_column(heading, justify="right")
+    table = Table(title="accuracy in %", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in _HEADINGS:
+        left = heading == "domain"
+        keep = left or heading.startswith("gain")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=keep)
     rows: dict[tuple[str, int], Figures] = {}
     for result in results:
         rows.setdefault((result.domain, result.shots), {})[result.system, result.metric] = result
     for (domain, shots), figures in rows.items():
-        first = next(iter(figures.values()))
         table.add_row(
             domain,
             str(shots),
-            str(first.ways),
             _percent(figures.get(("source", "accuracy"))),
             _percent(figures.get(("none", "accuracy"))),
             _percent(figures.get(("adapted", "accuracy"))),
@@ -53,7 +58,7 @@ def results_table(results: Sequence[Result]) -> Table:
             _percent(figures.get(("adapted", "units_updated")), " %"),
             _percent(figures.get(("adapted", "parameters_updated")), " %"),
             _number(figures.get(("adapted", "seconds"))),
-            str(first.episodes),
+            str(next(iter(figures.values())).episodes),
         )
     return table
 

@@ -227,6 +227,7 @@ class ModularMetaLearner(MetaLearner):
         return judge(
             candidates(plan, self._reading()) if self.veto else {},
             support.labels,
+            bool(self.sources.view(support.hidden).anchor(support.classes).known.all()) and self.head.anchored,
             predict,
             gain=float(plan.gain),
             gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
@@ -235,6 +236,15 @@ class ModularMetaLearner(MetaLearner):
         )
 
     # ------------------------------------------------------------------ meta-training
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimisers of the base; the forecast of gain, a mere regression, learns ten times faster."""
+        meta, *rest = super().configure_optimizers()
+        forecast = list(self.policy.forecast.parameters())
+        own = {id(parameter) for parameter in forecast}
+        meta.param_groups[0]["params"] = [p for p in meta.param_groups[0]["params"] if id(p) not in own]
+        meta.add_param_group({"params": forecast, "lr": 10 * self.learning_rate})
+        return [meta, *rest]
 
     def episode_loss(self, episode: Episode) -> Tensor:
         """Return query loss after the plan, plus the prices of harm, of cost, and of a wrong prediction of gain."""
@@ -255,7 +265,7 @@ class ModularMetaLearner(MetaLearner):
         harm = F.relu(after - before.detach() + self.harm_margin)
         prediction = F.gaussian_nll_loss(plan.gain, gain.to(plan.gain), plan.gain_log_variance.exp(), eps=1e-4)
         # `before` teaches the head's own scalars on episodes whose plan leaves the units closed, too.
-        return after + 0.5 * before + self.harm_weight * harm + self.cost_weight * self._cost(plan) + 0.1 * prediction
+        return after + 0.5 * before + self.harm_weight * harm + self.cost_weight * self._cost(plan) + prediction
 
     def _cost(self, plan: Plan) -> Tensor:
         """Return the expected share of the backbone's depth that gradients pass.

@@ -1,0 +1,98 @@
+"""``modules`` on a backbone: its sites, and where modules or configured units act and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.table import Table
+
+from modmeta.adapters import MODULES, Unit, UnitConfig, resolve_units
+from modmeta.backbone import KINDS, Backbone
+from modmeta.commands.arguments import read_yaml
+from modmeta.commands.plugins import import_files, resolve_file
+from modmeta.errors import ModmetaError, unknown
+from modmeta.evaluation.terminal import console
+
+_UNIT_KEYS = tuple(UnitConfig.__dataclass_fields__)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the tables that the options ask for."""
+    import_files([resolve_file(name) for name in options.modules])
+    units, described = _read_units(Path(options.units)) if options.units else ([], {})
+    name = options.backbone or described.get("name")
+    if name is None:
+        raise ModmetaError(f"--units {options.units} names no backbone; add --backbone NAME")
+    backbone = Backbone(name, False, options.image_size or described.get("image_size"))
+    print(
+        f"{name} with random weights, {backbone.image_size} pixels: {backbone.macs() / 1e6:.1f} million "
+        f"MACs, {sum(p.numel() for p in backbone.parameters()):,} parameters, {backbone.feature_dim} features"
+    )
+    if options.units:
+        console().print(units_table(resolve_units(backbone, units)))
+    else:
+        console().print(sites_table(backbone))
+        console().print(modules_table(backbone))
+    return 0
+
+
+def sites_table(backbone: Backbone) -> Table:
+    """Return the number of sites per kind and stage."""
+    stages = sorted({site.stage for site in backbone.sites})
+    counts = Counter((site.kind, site.stage) for site in backbone.sites)
+    table = Table(title="sites")
+    table.add_column("kind")
+    for stage in stages:
+        table.add_column(f"stage {stage}", justify="right")
+    for kind in KINDS:
+        if any(counts[kind, stage] for stage in stages):
+            table.add_row(kind, *(str(counts[kind, stage] or "") for stage in stages))
+    return table
+
+
+def modules_table(backbone: Backbone) -> Table:
+    """Return where each registered module fits, with its default options, and what it costs."""
+    table = Table(title="modules with their default options, on every site that they fit")
+    for heading in ("module", "sites", "parameters", "added MACs"):
+        table.add_column(heading, justify="left" if heading == "module" else "right")
+    for name in MODULES.names():
+        module = MODULES.get(name)
+        if any(module.fits(site) for site in backbone.sites):
+            (unit,) = resolve_units(backbone, [UnitConfig(name, group="all")])
+            table.add_row(name, str(len(unit.sites)), f"{unit.cost.parameters:,}", f"{unit.cost.macs:,}")
+        else:
+            table.add_row(name, "0", "-", "-", style="dim")
+    return table
+
+
+def units_table(units: tuple[Unit, ...]) -> Table:
+    """Return one row per unit."""
+    table = Table(title=f"{len(units)} units")
+    for heading in ("unit", "kinds", "sites", "depth", "parameters", "added MACs"):
+        table.add_column(heading, justify="left" if heading in ("unit", "kinds") else "right")
+    for unit in units:
+        kinds = ", ".join(sorted({site.kind for site in unit.sites}))
+        cells = (f"{unit.depth:.2f}", f"{unit.cost.parameters:,}", f"{unit.cost.macs:,}")
+        table.add_row(unit.name, kinds, str(len(unit.sites)), *cells)
+    return table
+
+
+def _read_units(path: Path) -> tuple[list[UnitConfig], dict[str, Any]]:
+    """Return the units of a configuration or of a plain list, and the configuration's backbone."""
+    content = read_yaml(path)
+    learner = {"units": content}
+    if isinstance(content, dict):
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+        learner = resolved.get("model", {}).get("init_args", {})
+    units = learner.get("units")
+    if not isinstance(units, list) or not all(isinstance(unit, dict) and "module" in unit for unit in units):
+        raise ModmetaError(f"--units {path}: expected a fit configuration, or a list of units with `module`")
+    for unit in units:
+        for key in unit:
+            if key not in _UNIT_KEYS:
+                raise unknown("key of a unit", key, _UNIT_KEYS, str(path))
+    return [UnitConfig(**unit) for unit in units], learner.get("backbone", {})
