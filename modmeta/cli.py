@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _user_message(error)
         if message is None:
             raise
-        print(f"modmeta: error: {message}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"modmeta: error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
         return USER_ERROR
 
 

@@ -20,9 +20,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         # In the same folder: only within one file system is a rename atomic.
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
-        raise ModmetaError(
-            f"cannot write to {target.parent} ({error.strerror}); choose another folder"
-        ) from error
+        raise ModmetaError(f"cannot write to {target.parent} ({error.strerror}); choose another folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -61,8 +61,7 @@ class Registry(Generic[T]):
                 item = entry.load()
             except Exception as error:
                 raise ModmetaError(
-                    f"{self.noun} {name!r} could not be imported from {entry.value}: "
-                    f"{type(error).__name__}: {error}"
+                    f"{self.noun} {name!r} could not be imported from {entry.value}: {type(error).__name__}: {error}"
                 ) from error
             self._items.setdefault(name, item)
         return self._items[name]

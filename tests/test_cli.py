@@ -29,7 +29,9 @@ def test_light_commands_do_not_import_torch() -> None:
 
 
 def test_python_dash_m_is_the_same_front_door() -> None:
-    done = subprocess.run([sys.executable, "-m", "modmeta", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "modmeta", "--version"], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (0, f"modmeta {__version__}\n")
 
 
@@ -44,12 +46,17 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["fitt"], "unknown command 'fitt'; did you mean 'fit'?"),
         (["adpat"], "unknown command 'adpat'; did you mean 'adapt'?"),
-        (["adapt", "--checkpoint", "a", "--suport", "b", "--support", "b", "--output", "c"], "did you mean --support?"),
+        (
+            ["adapt", "--checkpoint", "a", "--suport", "b", "--support", "b", "--output", "c"],
+            "did you mean --support?",
+        ),
         (["predict"], "--checkpoint, --adapter, --images, --output"),
         (["modules", "--image-size", "x"], "invalid int value: 'x'"),
     ],
 )
-def test_wrong_words_are_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_are_one_line(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -9,7 +9,7 @@ from modmeta.adaptation.indicators import (
     Situation,
     register_indicator,
 )
-from modmeta.adaptation.inner_loop import DivergedError, inner_loop
+from modmeta.adaptation.inner_loop import DivergedError, descend, inner_loop, read_statistics
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms
@@ -37,10 +37,12 @@ __all__ = [
     "Support",
     "Verdict",
     "candidates",
+    "descend",
     "inner_loop",
     "judge",
     "norm_sites",
     "observe_norms",
+    "read_statistics",
     "register_head",
     "register_indicator",
     "split_half_gradients",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modmeta.adaptation.inner_loop import detached
 from modmeta.adapters import AdaptedBackbone, State
 
 
@@ -29,12 +30,12 @@ def split_half_gradients(
         return {}
     start = model.cut_before(units)
     gates = {unit.name: 1.0 for unit in units}
-    detached = {name: tensor.detach() for name, tensor in state.items()}
+    state = detached(state)
     with torch.no_grad():
-        hidden = images if start is None else model(images, detached, {}, stop=start)
+        hidden = images if start is None else model(images, state, {}, stop=start)
     with torch.enable_grad():
-        leaves = {name: detached[name].requires_grad_() for unit in units for name in model.learned_names(unit)}
-        value = losses(model(hidden, detached | leaves, gates, start=start))
+        leaves = {name: state[name].requires_grad_() for unit in units for name in model.learned_names(unit)}
+        value = losses(model(hidden, state | leaves, gates, start=start))
         halves = [
             torch.autograd.grad(value[half::2].mean(), list(leaves.values()), retain_graph=half == 0, allow_unused=True)
             for half in (0, 1)

@@ -85,7 +85,12 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def fit(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Classifier:
         """Fit a classifier to the support.
 
@@ -99,7 +104,12 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def held_out(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Tensor:
         """Return logits ``(S, C)`` of every support image from a classifier fitted without that image."""
 
@@ -131,7 +141,12 @@ class PrototypeHead(_PrototypeHead):
     """
 
     def fit(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Classifier:
         """Return the means as a linear classifier: ``-|x - c|^2 = 2 x.c - |c|^2`` up to a term that all share."""
         center = features.mean(0)
@@ -141,7 +156,12 @@ class PrototypeHead(_PrototypeHead):
         return Classifier(weight, bias, center, self.log_scale.exp(), False)
 
     def held_out(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Tensor:
         """Leave every image out of its own class's mean."""
         means, own = self._held_out_own(features, labels, ways)
@@ -164,7 +184,12 @@ class CosineHead(_PrototypeHead):
     """
 
     def fit(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Classifier:
         """Return unit-length class means as a linear classifier."""
         x, center = _unit(features, labels, ways)
@@ -173,7 +198,12 @@ class CosineHead(_PrototypeHead):
         return Classifier(weight, weight.new_zeros(ways), center, self.log_scale.exp(), True)
 
     def held_out(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Tensor:
         """Leave every image out of its own class's mean."""
         x, _ = _unit(features, labels, ways)
@@ -192,7 +222,12 @@ class RidgeHead(Head):
     """
 
     def fit(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Classifier:
         """Solve for the weights ``W0 + X^T (X X^T + lambda N)^-1 (Y - X W0)``."""
         x, center = _unit(features, labels, ways)
@@ -202,7 +237,12 @@ class RidgeHead(Head):
         return Classifier(weight, weight.new_zeros(ways), center, self.log_scale.exp(), True)
 
     def held_out(
-        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ways: int,
+        anchor: Anchor | None = None,
+        ridge: Tensor | None = None,
     ) -> Tensor:
         """Return ``Y - e`` with ``e_i = [G R]_i / G_ii`` and ``G`` the inverse of the dual system."""
         x, _ = _unit(features, labels, ways)

@@ -185,7 +185,16 @@ def place(s: Situation) -> Tensor:
     return s.features.new_tensor(rows)
 
 
-DEFAULT_INDICATORS = ("task", "feature_shift", "posterior", "zero_shot", "difficulty", "norm_shift", "gradient", "place")
+DEFAULT_INDICATORS = (
+    "task",
+    "feature_shift",
+    "posterior",
+    "zero_shot",
+    "difficulty",
+    "norm_shift",
+    "gradient",
+    "place",
+)
 
 
 class IndicatorSet(nn.Module):

@@ -25,7 +25,6 @@ def inner_loop(
     images: Tensor,
     loss: Callable[[Tensor], Tensor] | None,
     *,
-    rates: Tensor | None = None,
     second_order: bool = False,
     trust: float = 0.5,
 ) -> tuple[State, list[float]]:
@@ -44,7 +43,6 @@ def inner_loop(
         plan: what to do.
         images: support images ``(S, 3, H, W)``.
         loss: from support features ``(S, D)`` to a scalar; None where nothing may learn (no labels).
-        rates: ``(U, T)`` in place of the plan's.
         second_order: differentiate through the directions too.
         trust: bound on the root mean square distance of a unit from its initial value.
 
@@ -54,30 +52,55 @@ def inner_loop(
     Raises:
         DivergedError: naming the step and the units when a loss or gradient is not finite.
     """
+    state = read_statistics(model, initial, plan, images)
+    return descend(model, initial, state, plan, images, loss, second_order=second_order, trust=trust)
+
+
+@torch.no_grad()
+def read_statistics(model: AdaptedBackbone, initial: State, plan: Plan, images: Tensor) -> State:
+    """Return the initial state with what the plan's reading units observe on the support; no labels needed."""
+    gates = plan.detach().gate_of()
+    reading = [unit for unit in model.active(gates) if unit.reads]
+    if not reading:
+        return dict(initial)
+    last = max(site.order for unit in reading for site in unit.sites)
+    behind = next((cut.name for cut in model.backbone.cuts if cut.order > last), None)
+    _, observed = model.observe(images, detached(initial), gates, stop=behind)
+    own = tuple(f"{unit.name}|" for unit in reading)
+    return {name: observed[name] if name.startswith(own) else tensor for name, tensor in initial.items()}
+
+
+def descend(
+    model: AdaptedBackbone,
+    initial: State,
+    state: State,
+    plan: Plan,
+    images: Tensor,
+    loss: Callable[[Tensor], Tensor] | None,
+    *,
+    second_order: bool = False,
+    trust: float = 0.5,
+) -> tuple[State, list[float]]:
+    """Take the plan's gradient steps from ``state``; see :func:`inner_loop`."""
     gates = plan.gate_of()
-    still = {name: gate.detach() for name, gate in gates.items()}
-    active = model.active(gates)
-    state = dict(initial)
-    if any(unit.reads for unit in active):
-        with torch.no_grad():
-            _, observed = model.observe(images, _detached(state), still, stop=_last_cut(model, active))
-        reading = tuple(f"{unit.name}|" for unit in active if unit.reads)
-        state |= {name: tensor for name, tensor in observed.items() if name.startswith(reading)}
-    learners = [unit for unit in active if unit.learns]
+    still = plan.detach().gate_of()
+    learners = [unit for unit in model.active(gates) if unit.learns]
     if loss is None or not learners or not plan.steps:
         return state, []
     start = model.cut_before(learners)
     with torch.no_grad():
-        hidden = images if start is None else model(images, _detached(state), still, stop=start)
+        hidden = images if start is None else model(images, detached(state), still, stop=start)
     names = {unit.name: model.learned_names(unit) for unit in learners}
-    rates = plan.rates if rates is None else rates
     losses: list[float] = []
     # A step needs gradients even where the caller (a test loop) has switched them off.
     with torch.enable_grad(), second_order_safe() if second_order else nullcontext():
         for step in range(plan.steps):
-            here = state if second_order else _detached(state)
+            here = state if second_order else detached(state)
             leaves = {name: here[name] for unit in learners for name in names[unit.name]}
-            if not second_order:
+            if second_order:
+                # A fresh leaf stands in for an initial value that carries no gradient of its own.
+                leaves = {n: t if t.requires_grad else t.detach().requires_grad_() for n, t in leaves.items()}
+            else:
                 leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
             features = model(hidden, here | leaves, gates if second_order else still, start=start)
             value = loss(features)
@@ -87,9 +110,8 @@ def inner_loop(
             gradients = dict(zip(leaves, found, strict=True))
             for unit in learners:
                 row = plan.index(unit.name)
-                state |= _step(
-                    unit, names[unit.name], initial, state, gradients, rates[row, step], plan.decay[row], trust, step
-                )
+                rate, decay = plan.rates[row, step], plan.decay[row]
+                state = state | _step(unit, names[unit.name], initial, state, gradients, rate, decay, trust, step)
     return state, losses
 
 
@@ -107,9 +129,7 @@ def _step(
     found = {name: g if (g := gradients[name]) is not None else torch.zeros_like(state[name]) for name in names}
     size = _rms([found[name] for name in names])
     _check(size, f"inner step {step}: the gradient of unit {unit.name!r} is not finite")
-    moved = {
-        name: (1 - decay) * (state[name] - initial[name]) - rate * found[name] / (size + 1e-8) for name in names
-    }
+    moved = {name: (1 - decay) * (state[name] - initial[name]) - rate * found[name] / (size + 1e-8) for name in names}
     distance = _rms(list(moved.values()))
     shrink = (trust / distance.detach().clamp_min(1e-12)).clamp_max(1.0)
     return {name: initial[name] + shrink * delta for name, delta in moved.items()}
@@ -125,12 +145,6 @@ def _check(value: Tensor, message: str) -> None:
         raise DivergedError(message)
 
 
-def _detached(state: State) -> State:
+def detached(state: State) -> State:
+    """Return the state without gradients."""
     return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def _last_cut(model: AdaptedBackbone, active: list[Unit]) -> str | None:
-    """Return a cut behind the last unit that reads, where the pass of observation may stop."""
-    last = max(site.order for unit in active if unit.reads for site in unit.sites)
-    behind = [cut.name for cut in model.backbone.cuts if cut.order > last]
-    return behind[0] if behind else None

@@ -45,7 +45,10 @@ class Policy(nn.Module):
         self.steps = steps
         self.log_spread = math.log(spread)
         self.embed = nn.Sequential(
-            nn.Linear(global_width + unit_width, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            nn.Linear(global_width + unit_width, hidden),
+            nn.LayerNorm(hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
         )
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(3 * hidden, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.per_unit = nn.Linear(hidden, _OUTPUTS)

@@ -107,7 +107,9 @@ class SourceStatistics(nn.Module):
         for domain, images, target in batches:
             x, mean, variance = observe_norms(backbone, images, sites)
             if not torch.isfinite(x).all():
-                raise ModmetaError(f"the backbone {backbone.name} gives features that are not finite on domain {domain!r}")
+                raise ModmetaError(
+                    f"the backbone {backbone.name} gives features that are not finite on domain {domain!r}"
+                )
             features.setdefault(domain, []).append(x)
             labels.setdefault(domain, []).append(target.to(x.device))
             moments.setdefault(domain, []).append((len(x), mean, variance))

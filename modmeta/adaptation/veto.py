@@ -111,7 +111,9 @@ def judge(
             precision, mean = precision + own, mean + own * float(seen.mean())
         gains[name], errors[name] = mean / precision, precision**-0.5
     best = max(gains, key=lambda name: gains[name])
-    choice = next(name for name in plans if _within_one_error(losses.get(name), losses.get(best), gains[name], gains[best]))
+    choice = next(
+        name for name in plans if _within_one_error(losses.get(name), losses.get(best), gains[name], gains[best])
+    )
     if not gains[choice] > caution * errors[choice]:
         choice = PRIOR
     finite = {name: value for name, value in gains.items() if math.isfinite(value)}

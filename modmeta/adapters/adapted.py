@@ -75,7 +75,11 @@ class AdaptedBackbone(nn.Module):
         """
         active = self.active(gates)
         return self.backbone.run(
-            x, self.overlay(state, gates, active), start=start, stop=stop, slots=self._slots(state, gates, active)
+            x,
+            self.overlay(state, gates, active),
+            start=start,
+            stop=stop,
+            slots=self._slots(state, gates, active),
         )
 
     def active(self, gates: Gates) -> list[Unit]:

@@ -68,13 +68,9 @@ def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile
         ModmetaError: if a number is not finite or the file cannot be written.
     """
     active = _active(content.plan)
-    tensors = {
-        f"state:{name}": tensor for name, tensor in content.state.items() if name.partition("|")[0] in active
-    }
+    tensors = {f"state:{name}": tensor for name, tensor in content.state.items() if name.partition("|")[0] in active}
     tensors |= {f"head:{name}": content.classifier[name] for name in HEAD}
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()
-    }
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModmetaError(f"the adaptation diverged: {name} is not finite; nothing was written")
@@ -92,9 +88,7 @@ def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile
     try:
         text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
-        raise ModmetaError(
-            "the adaptation's plan holds a number that is not finite; nothing was written"
-        ) from error
+        raise ModmetaError("the adaptation's plan holds a number that is not finite; nothing was written") from error
     # One key only: with more, their order would differ from process to process.
     write_atomically(path, save(tensors, {"modmeta": text}))
     return digest
@@ -113,8 +107,7 @@ def read_adapter(path: str | Path, model: AdaptedBackbone) -> AdapterFile:
         theirs = metadata["backbone"].get(what)
         if theirs != ours:
             raise ModmetaError(
-                f"adapter file {file} is for another backbone: its {what} is {theirs}, "
-                f"that of this checkpoint {ours}"
+                f"adapter file {file} is for another backbone: its {what} is {theirs}, that of this checkpoint {ours}"
             )
     active = _active_units(file, metadata, model)
     expected = _expected(model, active, len(metadata["classes"]))
@@ -245,9 +238,7 @@ def _json(file: Path, text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ModmetaError(
-            f"adapter file {file} is refused: its header is no valid JSON ({error})"
-        ) from error
+        raise ModmetaError(f"adapter file {file} is refused: its header is no valid JSON ({error})") from error
     if not isinstance(found, dict):
         _refuse(file, "its header is malformed")
     return found

@@ -103,7 +103,17 @@ def resolve_units(backbone: Backbone, configs: Sequence[UnitConfig]) -> tuple[Un
             learns = any(True for each in built for _ in each.parameters())
             reads = module.overrides("observe")
             units.append(
-                Unit(name, module, tuple(sites), dict(config.options), total, learns, reads, config.gate, config.rate)
+                Unit(
+                    name,
+                    module,
+                    tuple(sites),
+                    dict(config.options),
+                    total,
+                    learns,
+                    reads,
+                    config.gate,
+                    config.rate,
+                )
             )
     return tuple(units)
 

@@ -46,9 +46,7 @@ class Backbone(nn.Module):
         ModmetaError: if the name is unknown, the size does not suit the model, or the weights cannot be had.
     """
 
-    def __init__(
-        self, name: str, pretrained: bool | str, image_size: int | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, name: str, pretrained: bool | str, image_size: int | None = None, seed: int = 0) -> None:
         super().__init__()
         if image_size is not None and image_size < 1:
             raise ModmetaError(f"image_size of backbone {name!r} is {image_size}; give a number of pixels")
@@ -265,9 +263,7 @@ class Backbone(nn.Module):
         """Return the length of the feature vectors, from a first pass that also shows if the size suits."""
         try:
             with torch.no_grad():
-                features = share(self.model)(
-                    torch.zeros(1, 3, self.image_size, self.image_size, device="cpu")
-                )
+                features = share(self.model)(torch.zeros(1, 3, self.image_size, self.image_size, device="cpu"))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ModmetaError(
                 f"backbone {self.name!r} cannot take images of size {self.image_size} ({first_line(error)}); "

@@ -55,9 +55,7 @@ def verified(model: nn.Module, calls: Mapping[str, Call], image_size: int) -> di
         image_size: height and width of the images, in pixels.
     """
     candidates = _candidates(model, calls)
-    tried = candidates | {
-        outer for name in candidates for outer in _ancestors(name) if _hands_over(calls, outer)
-    }
+    tried = candidates | {outer for name in candidates for outer in _ancestors(name) if _hands_over(calls, outer)}
     hidden: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(name).register_forward_hook(

@@ -56,9 +56,7 @@ def examine(model: nn.Module, image_size: int, feature_dim: int) -> Anatomy:
         )
         for order, name in enumerate(names)
     ]
-    sites.append(
-        Site("features", "features", last, 1.0, max(len(ends) - 1, 0), len(cuts), {}, feature_dim, 1, -1, 0)
-    )
+    sites.append(Site("features", "features", last, 1.0, max(len(ends) - 1, 0), len(cuts), {}, feature_dim, 1, -1, 0))
     return Anatomy(
         tuple(sites),
         tuple(cuts),
@@ -71,9 +69,7 @@ def examine(model: nn.Module, image_size: int, feature_dim: int) -> Anatomy:
 def _blocks(model: nn.Module, resumes: Mapping[str, Resume], layers: Mapping[str, str]) -> list[str]:
     """Return the elements of sequences that can be cut and hold layers, innermost ones only."""
     holding = [
-        name
-        for name in resumes
-        if in_sequence(model, name) and any(layer.startswith(f"{name}.") for layer in layers)
+        name for name in resumes if in_sequence(model, name) and any(layer.startswith(f"{name}.") for layer in layers)
     ]
     return [name for name in holding if not any(other.startswith(f"{name}.") for other in holding)]
 

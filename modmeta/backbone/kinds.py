@@ -46,9 +46,7 @@ def channel_dim_of(module: nn.Module, rank: int | None) -> int:
         module: a layer that is a site.
         rank: number of dimensions of its output; None if it is not known.
     """
-    second = isinstance(module, (nn.Conv2d, *_SECOND_NORMS)) or (
-        _is_norm(module) and "2d" in type(module).__name__
-    )
+    second = isinstance(module, (nn.Conv2d, *_SECOND_NORMS)) or (_is_norm(module) and "2d" in type(module).__name__)
     return 1 if second and rank != 2 else -1
 
 

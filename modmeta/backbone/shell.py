@@ -104,9 +104,7 @@ def stop_at(model: nn.Module, name: str) -> None:
     model.get_submodule(name).register_forward_hook(leave)
 
 
-def call(
-    model: nn.Module, x: Tensor, tensors: Mapping[str, Tensor], start: str | None, image_size: int
-) -> Tensor:
+def call(model: nn.Module, x: Tensor, tensors: Mapping[str, Tensor], start: str | None, image_size: int) -> Tensor:
     """Run a shared copy with some of its tensors replaced.
 
     Args:

@@ -76,9 +76,7 @@ class Selector:
             if kind not in KINDS:
                 raise unknown("site kind", kind, KINDS)
         if len(self.depth) != 2 or not 0 <= self.depth[0] <= self.depth[1] <= 1:
-            raise ModmetaError(
-                f"depth {self.depth} is not a range; give two numbers with 0 <= low <= high <= 1"
-            )
+            raise ModmetaError(f"depth {self.depth} is not a range; give two numbers with 0 <= low <= high <= 1")
 
     def matches(self, site: Site) -> bool:
         """Return whether ``site`` is among those meant."""

@@ -152,9 +152,7 @@ def _misfits(error: Exception) -> dict[str, list[str]]:
     """Return the tensors that ``load_state_dict`` complains about, by what is wrong with them."""
     text = str(error)
     found = {
-        what.lower(): re.findall(
-            r'"([^"]+)"', "".join(re.findall(rf"{what} key\(s\) in state_dict: (.*)", text))
-        )
+        what.lower(): re.findall(r'"([^"]+)"', "".join(re.findall(rf"{what} key\(s\) in state_dict: (.*)", text)))
         for what in ("Missing", "Unexpected")
     }
     found["of another shape"] = re.findall(r"size mismatch for ([^\s:]+)", text)

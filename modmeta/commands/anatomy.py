@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from modmeta.adapters import MODULES, Unit, UnitConfig, resolve_units
 from modmeta.backbone import KINDS, Backbone
 from modmeta.commands.arguments import read_yaml
+from modmeta.commands.explain import explain_interpolation
 from modmeta.commands.plugins import import_files, resolve_file
+from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError, unknown
 from modmeta.evaluation.terminal import console
 
@@ -86,8 +90,7 @@ def _read_units(path: Path) -> tuple[list[UnitConfig], dict[str, Any]]:
     content = read_yaml(path)
     learner = {"units": content}
     if isinstance(content, dict):
-        resolved: Any = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
-        learner = resolved.get("model", {}).get("init_args", {})
+        learner = _resolve(content).get("model", {}).get("init_args", {})
     units = learner.get("units")
     if not isinstance(units, list) or not all(isinstance(unit, dict) and "module" in unit for unit in units):
         raise ModmetaError(f"--units {path}: expected a fit configuration, or a list of units with `module`")
@@ -96,3 +99,15 @@ def _read_units(path: Path) -> tuple[list[UnitConfig], dict[str, Any]]:
             if key not in _UNIT_KEYS:
                 raise unknown("key of a unit", key, _UNIT_KEYS, str(path))
     return [UnitConfig(**unit) for unit in units], learner.get("backbone", {})
+
+
+def _resolve(content: dict[str, Any]) -> dict[str, Any]:
+    """Fill in interpolations, which may name keys that only have a default."""
+    parameters = inspect.signature(DomainDataModule).parameters.values()
+    defaults = {"data": {parameter.name: parameter.default for parameter in parameters}}
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.merge(defaults, content), resolve=True)
+    except OmegaConfBaseException as error:
+        raise explain_interpolation(error.full_key, str(error), ()) from error
+    assert isinstance(resolved, dict)
+    return resolved  # type: ignore[return-value]

@@ -25,11 +25,7 @@ def find_images(folder: str | Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+        found += [Path(parent, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     if not found:
         raise ModmetaError(f"the folder {root} holds no image (looked for {', '.join(SUFFIXES)})")
     return sorted(found)

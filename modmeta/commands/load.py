@@ -22,7 +22,5 @@ def load(options: argparse.Namespace) -> MetaLearner:
     import_files([resolve_file(name) for name in options.modules])
     learner = load_learner(options.checkpoint)
     if not learner.sources.ready:
-        raise ModmetaError(
-            f"checkpoint {options.checkpoint} ends before meta-training began; fit for more epochs"
-        )
+        raise ModmetaError(f"checkpoint {options.checkpoint} ends before meta-training began; fit for more epochs")
     return learner.to(options.accelerator)

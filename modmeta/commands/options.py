@@ -59,8 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             close = nearest(found[1], options)
             raise ModmetaError(
-                f"unknown option {found[1]}; "
-                + (f"did you mean {close}?" if close else f"see {self.prog} --help")
+                f"unknown option {found[1]}; " + (f"did you mean {close}?" if close else f"see {self.prog} --help")
             )
         raise ModmetaError(f"{message}; see {self.prog} --help")
 
@@ -82,13 +81,9 @@ def adapt_parser() -> OneLineParser:
         "--support", required=True, metavar="DIR",
         help="folders of images, one per class; or images without labels, all in one folder",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", required=True, metavar="FILE.safetensors", help="the adapter file to write"
-    )
+    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the adapter file to write")
     parser.add_argument("--domain", metavar="NAME", help="name of the domain, for the card and as a hint")
-    parser.add_argument(
-        "--budget", type=float, metavar="X", help="share of the backbone's depth to update, 0 to 1"
-    )
+    parser.add_argument("--budget", type=float, metavar="X", help="share of the backbone's depth to update, 0 to 1")
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter file")
     return parser
@@ -97,9 +92,7 @@ def adapt_parser() -> OneLineParser:
 def predict_parser() -> OneLineParser:
     """Return the parser of ``predict``."""
     parser = _parser("predict", "Classify the images of a folder with an adapter file.")
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="FILE.ckpt", help="the checkpoint that was adapted"
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE.ckpt", help="the checkpoint that was adapted")
     parser.add_argument("--adapter", required=True, metavar="FILE.safetensors", help="what adapt wrote")
     parser.add_argument("--images", required=True, metavar="DIR", help="searched with all its subfolders")
     parser.add_argument("--output", required=True, metavar="FILE.csv", help="the table to write")
@@ -114,9 +107,7 @@ def predict_parser() -> OneLineParser:
 
 def modules_parser() -> OneLineParser:
     """Return the parser of ``modules``."""
-    parser = _parser(
-        "modules", "List the adapter modules and, for a backbone, where they act and what they cost."
-    )
+    parser = _parser("modules", "List the adapter modules and, for a backbone, where they act and what they cost.")
     parser.add_argument("--backbone", metavar="NAME", help="a timm model, here with random weights")
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument(

@@ -43,9 +43,7 @@ def import_files(paths: Iterable[Path]) -> None:
         except ModmetaError:
             raise
         except Exception as error:
-            raise ModmetaError(
-                f"modules: {path} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+            raise ModmetaError(f"modules: {path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _refuse_other(path: Path) -> None:

@@ -35,9 +35,7 @@ def run(options: argparse.Namespace) -> int:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     abstained = 0
-    batches = [
-        paths[start : start + options.batch_size] for start in range(0, len(paths), options.batch_size)
-    ]
+    batches = [paths[start : start + options.batch_size] for start in range(0, len(paths), options.batch_size)]
     for batch in track(batches, description="predicting"):
         images = load_images(batch, learner.model.backbone.image_size).to(learner.device)
         with torch.no_grad():
@@ -63,9 +61,7 @@ def restore(file: AdapterFile, device: torch.device) -> Adapted:
             plan = Plan.from_dict(file.plan)
         normalize = bool(file.head["normalize"])
     except (TypeError, ValueError, KeyError) as error:
-        raise ModmetaError(
-            f"the adapter file's plan is malformed ({error}); write it again with adapt"
-        ) from error
+        raise ModmetaError(f"the adapter file's plan is malformed ({error}); write it again with adapt") from error
     classifier = {name: tensor.to(device) for name, tensor in file.classifier.items()}
     state = {name: tensor.to(device) for name, tensor in file.state.items()}
     return Adapted(state, plan, Classifier(**classifier, normalize=normalize), file.classes)

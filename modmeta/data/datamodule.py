@@ -140,9 +140,7 @@ class DomainDataModule(LightningDataModule):
         """
         return self._draw(split)[index]
 
-    def source_images(
-        self, limit_per_class: int | None = None
-    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    def source_images(self, limit_per_class: int | None = None) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """Yield the source share of the training domains in chunks of up to 256 images, domain by domain.
 
         Args:
@@ -208,9 +206,7 @@ class DomainDataModule(LightningDataModule):
         used = tuple(name for name in SHIFTS.names() if name not in held_out)
         check_pool("train", train_pool, ways, shots[1], queries)
         draws: dict[str, EpisodeDraw] = {
-            "train": TrainingEpisodes(
-                self.store, train_pool, ways, queries, used, hparams["shift_share"], seed, shots
-            )
+            "train": TrainingEpisodes(self.store, train_pool, ways, queries, used, hparams["shift_share"], seed, shots)
         }
         for side in (sides["val"], sides["test"]):
             simulated = side.name == "val" and not hparams["val_domains"]

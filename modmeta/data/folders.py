@@ -128,8 +128,7 @@ def scan(root: Path) -> list[ImageFile]:
             if not images:
                 raise ModmetaError(f"the class folder {folder} holds no image; add images or remove it")
             found += [
-                ImageFile(domain, class_name, name, status.st_size, status.st_mtime_ns)
-                for name, status in images
+                ImageFile(domain, class_name, name, status.st_size, status.st_mtime_ns) for name, status in images
             ]
     if skipped:
         warnings.warn(

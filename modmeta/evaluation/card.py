@@ -108,9 +108,7 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
             "",
         ]
     if verdict is not None:
-        rows = [
-            (who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()
-        ]
+        rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
         lines += [
             "## Veto",
             "",
@@ -185,9 +183,7 @@ def _relative_change(learner: MetaLearner, adapted: Adapted, unit: Unit) -> floa
     if not new:
         return None
     old = learner.model.backbone.tensors()
-    return _norm(tensor - old[name] for name, tensor in new.items()) / max(
-        1e-12, _norm(old[name] for name in new)
-    )
+    return _norm(tensor - old[name] for name, tensor in new.items()) / max(1e-12, _norm(old[name] for name in new))
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -164,7 +164,9 @@ class MetaLearner(LightningModule):
         with torch.no_grad():
             return self.model.backbone(images)
 
-    def fit_head(self, features: Tensor, support: Support, head: Head | None = None, ridge: Tensor | None = None) -> Any:
+    def fit_head(
+        self, features: Tensor, support: Support, head: Head | None = None, ridge: Tensor | None = None
+    ) -> Any:
         """Fit a head to support features; unlabelled ones get the sources' classifier, centred on them.
 
         Raises:
@@ -242,7 +244,14 @@ class MetaLearner(LightningModule):
             assert self.phase is not None
             others = sum((p.sum() * 0.0 for p in meta), torch.zeros((), device=self.device))
             source_step(
-                self, self.phase, self.model.backbone, optimizers[1], batch, batch_idx, self.source_epochs, others
+                self,
+                self.phase,
+                self.model.backbone,
+                optimizers[1],
+                batch,
+                batch_idx,
+                self.source_epochs,
+                others,
             )
             return
         loss, gradients = self.meta_gradient(batch, meta)
@@ -257,7 +266,9 @@ class MetaLearner(LightningModule):
         optimizers[0].step()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
 
-    def meta_gradient(self, episodes: Sequence[Episode], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    def meta_gradient(
+        self, episodes: Sequence[Episode], parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the mean loss of some episodes and its gradient, one episode in memory at a time.
 
         Raises:
@@ -376,9 +387,7 @@ class MetaLearner(LightningModule):
                         raise DivergedError(
                             f"episode {episode.index}, domain {episode.domain!r}: system {system!r} is not finite"
                         )
-                self._metrics.update(
-                    episode.domain, episode.shots, episode.index, episode.query_labels, logits, facts
-                )
+                self._metrics.update(episode.domain, episode.shots, episode.index, episode.query_labels, logits, facts)
 
     def _new_metrics(self, split: str) -> EpisodeMetrics | None:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -386,7 +395,9 @@ class MetaLearner(LightningModule):
             raise ModmetaError("episodes are measured per domain of a DomainDataModule; pass datamodule=...")
         systems = ("source", *self.baselines, *self.systems)
         domains = getattr(datamodule, f"{split}_domains")
-        return EpisodeMetrics(dict.fromkeys(systems), domains, datamodule.hparams["eval_shots"], self.facts).to(self.device)
+        return EpisodeMetrics(dict.fromkeys(systems), domains, datamodule.hparams["eval_shots"], self.facts).to(
+            self.device
+        )
 
     def _finish(self, split: str) -> None:
         if self._metrics is None:
@@ -464,6 +475,4 @@ def _normal(episode: Episode) -> Episode:
 
 
 def _support(episode: Episode, hide: bool) -> Support:
-    return Support(
-        episode.support, episode.support_labels, episode.classes, hidden=episode.domain if hide else None
-    )
+    return Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain if hide else None)

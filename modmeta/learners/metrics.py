@@ -51,15 +51,28 @@ class EpisodeMetrics(nn.Module):
     scored = ("accuracy", "nll", "gain")
 
     def __init__(
-        self, systems: Iterable[str], domains: Iterable[str], shots: Iterable[int], facts: Mapping[str, tuple[str, ...]]
+        self,
+        systems: Iterable[str],
+        domains: Iterable[str],
+        shots: Iterable[int],
+        facts: Mapping[str, tuple[str, ...]],
     ) -> None:
         super().__init__()
         self.facts = facts
         self.cells = [(s, d, k) for s in systems for d in domains for k in shots]
         self.rows = nn.ModuleList([CatMetric() for _ in self.cells])
+        for (system, _, _), metric in zip(self.cells, self.rows, strict=True):
+            # A rank that meets no episode of a cell must still take part in gathering its rows.
+            metric.update(torch.full((1, self._width(system)), -1.0, dtype=torch.double))
 
     def update(
-        self, domain: str, shots: int, index: int, labels: Tensor, logits: Mapping[str, Tensor], facts: Mapping[str, Any]
+        self,
+        domain: str,
+        shots: int,
+        index: int,
+        labels: Tensor,
+        logits: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
     ) -> None:
         """Add one episode.
 
@@ -76,20 +89,29 @@ class EpisodeMetrics(nn.Module):
             accuracy = _accuracy(scores, labels)
             nll = F.cross_entropy(scores.double(), labels)
             further = [float(facts[system][name]) for name in self.facts.get(system, ())]
-            row = [float(index), float(scores.shape[1]), float(accuracy), float(nll), float(accuracy - before), *further]
+            row = [
+                float(index),
+                float(scores.shape[1]),
+                float(accuracy),
+                float(nll),
+                float(accuracy - before),
+                *further,
+            ]
             bins = calibration_bins(scores.double().softmax(-1), labels)
             metric = self.rows[self.cells.index((system, domain, shots))]
-            metric.update(torch.cat([torch.tensor(row, dtype=torch.double), bins.flatten().cpu()])[None])
+            figures = torch.cat([torch.tensor(row, dtype=torch.double), bins.flatten().cpu()])
+            metric.update(figures[None].to(metric.device))
 
     def compute(self) -> list[Result]:
         """Return all figures; a cell without episodes gives none."""
         results: list[Result] = []
         for (system, domain, shots), metric in zip(self.cells, self.rows, strict=True):
             rows = metric.compute()
-            if not isinstance(rows, Tensor) or not rows.numel():
+            rows = rows.reshape(-1, self._width(system)).cpu()
+            rows = rows[rows[:, 0] >= 0]
+            if not len(rows):
                 continue
-            rows = rows.reshape(-1, 5 + len(self.facts.get(system, ())) + 3 * _BINS)
-            rows = rows[rows[:, 0].argsort()].cpu()
+            rows = rows[rows[:, 0].argsort()]
             names = (*self.scored, *self.facts.get(system, ()))
             ways = round(float(rows[:, 1].mean()))
             for name, values in zip(names, rows[:, 2 : 2 + len(names)].T, strict=True):
@@ -99,6 +121,9 @@ class EpisodeMetrics(nn.Module):
             bins = rows[:, 2 + len(names) :].reshape(len(rows), _BINS, 3)
             results.append(Result(system, domain, shots, ways, "ece", *_ece_interval(bins), len(rows)))
         return results
+
+    def _width(self, system: str) -> int:
+        return 5 + len(self.facts.get(system, ())) + 3 * _BINS
 
 
 def interval(values: Tensor) -> tuple[float, float, float]:

@@ -20,11 +20,13 @@ from modmeta.adaptation import (
     Policy,
     Situation,
     Support,
+    Verdict,
     candidates,
-    inner_loop,
+    descend,
     judge,
     norm_sites,
     observe_norms,
+    read_statistics,
     split_half_gradients,
     tempered_losses,
 )
@@ -183,13 +185,19 @@ class ModularMetaLearner(MetaLearner):
             plan = plan.keeping(self._reading())
         return replace(plan, rates=self.rule(plan))
 
-    def carry_out(self, plan: Plan, support: Support) -> tuple[State, list[float]]:
-        """Run the inner loop of a plan."""
-        initial = self.bank.initial()
-        if self.bank.specialists:
-            domains = [domain for domain in self.bank.specialists if domain != support.hidden]
-            for row, unit in enumerate(self.model.units):
-                initial |= self.bank.blend(unit, domains, plan.bank[row])
+    def carry_out(self, plan: Plan, support: Support, statistics: State | None = None) -> tuple[State, list[float]]:
+        """Run the inner loop of a plan.
+
+        Args:
+            plan: what to do.
+            support: the images.
+            statistics: what the plan's reading units observe on them, where that is known already.
+
+        Returns:
+            the adapted state, and the support loss before every step.
+        """
+        initial = self._initial(plan, support)
+        state = read_statistics(self.model, initial, plan, support.images) if statistics is None else statistics
         loss = None
         if support.labels is not None:
             ridge = plan.ridge.detach()
@@ -197,9 +205,24 @@ class ModularMetaLearner(MetaLearner):
             def loss(features: Tensor) -> Tensor:
                 return self.inner_loss(features, support, ridge).mean()
 
-        return inner_loop(
-            self.model, initial, plan, support.images, loss, second_order=self.second_order, trust=self.trust
+        return descend(
+            self.model,
+            initial,
+            state,
+            plan,
+            support.images,
+            loss,
+            second_order=self.second_order,
+            trust=self.trust,
         )
+
+    def _initial(self, plan: Plan, support: Support) -> State:
+        initial = self.bank.initial()
+        if self.bank.specialists:
+            domains = [domain for domain in self.bank.specialists if domain != support.hidden]
+            for row, unit in enumerate(self.model.units):
+                initial |= self.bank.blend(unit, domains, plan.bank[row])
+        return initial
 
     def _features(self, images: Tensor, state: State, plan: Plan, prior: Tensor) -> Tensor:
         gates = plan.gate_of()
@@ -212,14 +235,20 @@ class ModularMetaLearner(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
-    def _judge(self, plan: Plan, support: Support, features: Tensor) -> Any:
+    def _judge(self, plan: Plan, support: Support, features: Tensor) -> Verdict:
+        read: dict[int, State] = {}
+
         def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
             assert support.labels is not None
             part = replace(support, images=support.images[rest], labels=support.labels[rest])
             with torch.no_grad():
                 if candidate is None:
                     return self.fit_head(features[rest], part)(features[fold])
-                state, _ = self.carry_out(candidate, part)
+                key = int(fold[0])  # folds are disjoint, so an image of one names it
+                if key not in read:
+                    # All candidates read the same statistics of a fold.
+                    read[key] = read_statistics(self.model, self._initial(plan, part), plan, part.images)
+                state, _ = self.carry_out(candidate, part, read[key])
                 both = torch.cat([rest, fold])
                 x = self._features(support.images[both], state, candidate, features[both])
                 return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])

@@ -41,9 +41,17 @@ def message(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 
 FILES = [
-    ("typo, level 1", put("trainr", {"max_epochs": 3}), "unknown key trainr.max_epochs; did you mean trainer.max_epochs?"),
+    (
+        "typo, level 1",
+        put("trainr", {"max_epochs": 3}),
+        "unknown key trainr.max_epochs; did you mean trainer.max_epochs?",
+    ),
     ("typo, level 2", put("data.rot", "x"), "unknown key data.rot; did you mean data.root?"),
-    ("typo, level 3", put("model.init_args.headd", "x"), "model.init_args.headd; did you mean model.init_args.head?"),
+    (
+        "typo, level 3",
+        put("model.init_args.headd", "x"),
+        "model.init_args.headd; did you mean model.init_args.head?",
+    ),
     (
         "typo in a record",
         put("model.init_args.backbone.nam", "x"),
@@ -51,7 +59,11 @@ FILES = [
     ),
     ("typo in a list", put("model.init_args.units", [{"modul": "film"}]), "model.init_args.units.module?"),
     ("wrong type", put("trainer.max_epochs", "many"), "trainer.max_epochs: expected int or null, got many"),
-    ("wrong type, nested", put("model.init_args.source.epochs", "x"), "model.init_args.source.epochs: expected int"),
+    (
+        "wrong type, nested",
+        put("model.init_args.source.epochs", "x"),
+        "model.init_args.source.epochs: expected int",
+    ),
     ("unknown class", put("model.class_path", "ModularMetaLerner"), "did you mean ModularMetaLearner?"),
     ("unknown backbone", put("model.init_args.backbone.name", "resnet19"), "did you mean 'resnet18'?"),
     ("unknown module", put("model.init_args.units", [{"module": "flim"}]), "did you mean 'film'?"),
@@ -62,9 +74,17 @@ FILES = [
         "model.init_args.backbone.image_size: Interpolation key 'data.image_siz' not found; did you mean data.image_size?",
     ),
     ("broken interpolation", put("data.queries", "${data.seed"), "data.queries: "),
-    ("missing key", lambda c: c["model"]["init_args"]["backbone"].pop("name"), "model.init_args.backbone.name is missing"),
+    (
+        "missing key",
+        lambda c: c["model"]["init_args"]["backbone"].pop("name"),
+        "model.init_args.backbone.name is missing",
+    ),
     ("missing model", lambda c: c.pop("model"), "the key model is missing"),
-    ("unknown domain", put("data.test_domains", ["neom"]), "unknown domain 'neom' in test_domains; did you mean 'neon'?"),
+    (
+        "unknown domain",
+        put("data.test_domains", ["neom"]),
+        "unknown domain 'neom' in test_domains; did you mean 'neon'?",
+    ),
     ("missing root", put("data.root", "/no/such/folder"), "the data folder /no/such/folder does not exist"),
     ("too few images", put("data.queries", 30), "30 queries"),
     ("missing modules file", put("modules", ["nope.py"]), "the file nope.py does not exist"),

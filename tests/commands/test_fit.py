@@ -72,7 +72,14 @@ def test_the_saved_configuration_alone_repeats_the_run(tiny_run: Run) -> None:
 
 
 def test_the_command_line_beats_the_checkpoint(tiny_run: Run) -> None:
-    words = ["--ckpt_path", str(tiny_run.checkpoint), "--data.test_episodes", "1", "--model.init_args.trust", "0.25"]
+    words = [
+        "--ckpt_path",
+        str(tiny_run.checkpoint),
+        "--data.test_episodes",
+        "1",
+        "--model.init_args.trust",
+        "0.25",
+    ]
     assert main(["test", *words, "--name", "other"]) == 0
     saved = yaml.safe_load(Path("runs/other/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["trust"] == 0.25
@@ -103,7 +110,14 @@ def test_a_module_in_a_users_file(tiny_run: Run) -> None:
         "        return y + self.shift\n"
     )
     units = '[{"module": "my_shift"}]'
-    words = ["--config", str(tiny_run.config), "--modules", "my_shift_module.py", "--model.init_args.units", units]
+    words = [
+        "--config",
+        str(tiny_run.config),
+        "--modules",
+        "my_shift_module.py",
+        "--model.init_args.units",
+        units,
+    ]
     assert main(["fit", *words, "--name", "own"]) == 0
     # The run's own configuration knows the file.
     assert main(["test", "--ckpt_path", "runs/own/version_0/checkpoints/last.ckpt"]) == 0
@@ -126,7 +140,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 ) -> None:
     what = "return logits.sum() * float('nan')"
     Path("exploding.py").write_text(LEARNER.format(name="Exploding", epoch=2, what=what))
-    words = ["--config", str(tiny_run.config), "--modules", "exploding.py", "--model.class_path", "exploding.Exploding"]
+    words = [
+        "--config",
+        str(tiny_run.config),
+        "--modules",
+        "exploding.py",
+        "--model.class_path",
+        "exploding.Exploding",
+    ]
     assert main(["fit", *words, "--trainer.max_epochs", "4", "--name", "nan"]) == 2
     error = capsys.readouterr().err
     assert "step " in error
@@ -138,8 +159,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 
 
 def test_ctrl_c_during_a_fit(tiny_run: Run) -> None:
-    Path("interrupted.py").write_text(LEARNER.format(name="Interrupted", epoch=1, what="raise KeyboardInterrupt"))
-    words = ["--config", str(tiny_run.config), "--modules", "interrupted.py", "--model.class_path", "interrupted.Interrupted"]
+    Path("interrupted.py").write_text(
+        LEARNER.format(name="Interrupted", epoch=1, what="raise KeyboardInterrupt")
+    )
+    words = [
+        "--config",
+        str(tiny_run.config),
+        "--modules",
+        "interrupted.py",
+        "--model.class_path",
+        "interrupted.Interrupted",
+    ]
     before = signal.getsignal(signal.SIGINT)
     try:
         assert main(["fit", *words]) == 130
@@ -148,7 +178,8 @@ def test_ctrl_c_during_a_fit(tiny_run: Run) -> None:
 
 
 def test_two_processes_make_one_run(tiny_run: Run) -> None:
-    words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--test_after_fit", "true", "--name", "ddp"]
+    words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.episodes_per_step", "2"]
+    words += ["--test_after_fit", "true", "--name", "ddp"]
     done = subprocess.run(
         [sys.executable, "-m", "modmeta", "fit", "--config", str(tiny_run.config), *words],
         capture_output=True,
@@ -159,4 +190,6 @@ def test_two_processes_make_one_run(tiny_run: Run) -> None:
     assert done.stdout.count("run folder: runs/ddp/version_0") == 1
     assert done.stdout.count("95 % interval") == 1
     assert [path.name for path in Path("runs/ddp").iterdir()] == ["version_0"]
-    assert len(figures(Path("runs/ddp/version_0/results.json"))) == len(figures(tiny_run.folder / "results.json"))
+    assert len(figures(Path("runs/ddp/version_0/results.json"))) == len(
+        figures(tiny_run.folder / "results.json")
+    )

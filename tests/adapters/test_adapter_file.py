@@ -1,0 +1,235 @@
+"""The adapter file: equal bytes for equal content, and nothing damaged or foreign gets through."""
+
+import json
+import math
+import os
+import pickle
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from modmeta.adapters import AdaptedBackbone, UnitConfig
+from modmeta.adapters.adapter_file import AdapterFile, read_adapter, write_adapter
+from modmeta.backbone import Backbone
+from modmeta.errors import ModmetaError
+
+CLASSES = ("cat", "dog", "<b>|emu")
+
+
+@pytest.fixture(scope="module")
+def model() -> AdaptedBackbone:
+    units = [UnitConfig("film", group="all"), UnitConfig("projection", {"rank": 2})]
+    return AdaptedBackbone(Backbone("test_efficientnet", False, 32), units)
+
+
+@pytest.fixture(scope="module")
+def content(model: AdaptedBackbone) -> AdapterFile:
+    generator = torch.Generator().manual_seed(0)
+    width = model.backbone.feature_dim
+    return AdapterFile(
+        classes=CLASSES,
+        plan={"units": [unit.name for unit in model.units], "gates": [0.5, 0.0], "rates": [[0.1], [0.1]]},
+        state={name: torch.randn(t.shape, generator=generator) for name, t in model.fresh().items()},
+        classifier={
+            "weight": torch.randn(width, 3, generator=generator),
+            "bias": torch.zeros(3),
+            "center": torch.randn(width, generator=generator),
+            "scale": torch.tensor(10.0),
+        },
+        head={"normalize": True},
+        provenance={"domain": "sketch"},
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path, model: AdaptedBackbone, content: AdapterFile) -> Path:
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, model, content)
+    return path
+
+
+def test_round_trip(written: Path, model: AdaptedBackbone, content: AdapterFile) -> None:
+    found = read_adapter(written, model)
+    assert (found.classes, found.plan, found.head) == (CLASSES, content.plan, content.head)
+    assert found.provenance == content.provenance
+    assert all(torch.equal(found.classifier[name], t) for name, t in content.classifier.items())
+    assert found.state
+    assert all(torch.equal(t, content.state[name]) for name, t in found.state.items())
+    # The closed unit's tensors are not kept.
+    assert all(name.startswith("film@all|") for name in found.state)
+
+
+def test_equal_content_gives_equal_bytes(
+    written: Path, model: AdaptedBackbone, content: AdapterFile, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "b.safetensors", model, content)
+    assert (tmp_path / "b.safetensors").read_bytes() == written.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_the_file_has_the_rights_that_the_umask_leaves(written: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(written.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("where", ["state", "classifier", "plan"])
+def test_numbers_that_are_not_finite_are_never_written(
+    where: str, model: AdaptedBackbone, content: AdapterFile, tmp_path: Path
+) -> None:
+    old = getattr(content, where)
+    if where == "plan":
+        new = old | {"gain": math.nan}
+    else:
+        name = next(iter(old))
+        new = old | {name: torch.full_like(old[name], math.nan)}
+    with pytest.raises(ModmetaError, match="not finite"):
+        write_adapter(tmp_path / "a.safetensors", model, AdapterFile(**{**vars(content), where: new}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_exist(model: AdaptedBackbone, content: AdapterFile, tmp_path: Path) -> None:
+    with pytest.raises(ModmetaError, match="cannot write to"):
+        write_adapter(tmp_path / "nowhere" / "a.safetensors", model, content)
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + length], data[8 + length :]
+
+    def with_metadata(**changes: object) -> bytes:
+        full = json.loads(header)
+        metadata = json.loads(full["__metadata__"]["modmeta"]) | changes
+        full["__metadata__"]["modmeta"] = json.dumps(metadata)
+        text = json.dumps(full).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    def with_header(text: bytes) -> bytes:
+        return len(text).to_bytes(8, "little") + text + body
+
+    match how:
+        case "empty":
+            data = b""
+        case "truncated":
+            data = data[:-5]
+        case "trailing bytes":
+            data += b"more"
+        case "flipped bit":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        case "pickle":
+            data = pickle.dumps({"a": list(range(100))})
+        case "zip":
+            data = b"PK\x03\x04" + bytes(100)
+        case "huge header":
+            data = (2**21).to_bytes(8, "little") + bytes(2**21)
+        case "foreign":
+            data = save({"a": torch.zeros(2)}, {"format": "pt"})
+        case "no metadata":
+            data = save({"a": torch.zeros(2)})
+        case "two metadata keys":
+            full = json.loads(header)
+            full["__metadata__"]["more"] = "x"
+            data = with_header(json.dumps(full).encode())
+        case "double key":
+            data = with_header(header.replace(b'{"__metadata__":', b'{"__metadata__":{},"__metadata__":', 1))
+        case "not JSON":
+            data = with_header(b"{]" + header)
+        case "newer format":
+            data = with_metadata(format=2)
+        case "no plan":
+            data = with_metadata(plan={})
+        case "gate not a number":
+            data = with_metadata(plan={"units": ["film@all"], "gates": ["1"]})
+        case "unknown unit":
+            data = with_metadata(plan={"units": ["lora@all"], "gates": [1.0]})
+        case "other options":
+            data = with_metadata(units=[])
+        case "more units active":
+            plan = json.loads(json.loads(header)["__metadata__"]["modmeta"])["plan"]
+            data = with_metadata(plan=plan | {"gates": [0.5, 0.5]})
+        case "fewer classes":
+            data = with_metadata(classes=["cat"])
+        case "control characters":
+            data = with_metadata(classes=["cat", "dog", "\x1b[31m"])
+        case "missing entry":
+            data = with_metadata(head=None)
+        case "other fingerprint":
+            backbone = json.loads(json.loads(header)["__metadata__"]["modmeta"])["backbone"]
+            data = with_metadata(backbone=backbone | {"fingerprint": "sha256:0"})
+        case "other hash":
+            data = with_metadata(tensors="sha256:0")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("empty", "no safetensors file"),
+        ("truncated", "is damaged"),
+        ("trailing bytes", "is damaged"),
+        ("flipped bit", "checksum"),
+        ("pickle", "pickled file"),
+        ("zip", "pickled file"),
+        ("huge header", "no safetensors file"),
+        ("foreign", "not of modmeta"),
+        ("no metadata", "not of modmeta"),
+        ("two metadata keys", "not of modmeta"),
+        ("double key", "occurs twice"),
+        ("not JSON", "no valid JSON"),
+        ("newer format", "newer than this version"),
+        ("no plan", "does not give a gate"),
+        ("gate not a number", "no number"),
+        ("unknown unit", "no such unit 'lora@all'"),
+        ("other options", "no such unit 'film@all'"),
+        ("more units active", "'missing'|missing"),
+        ("fewer classes", "head:bias"),
+        ("control characters", "printable"),
+        ("missing entry", "'head' is missing"),
+        ("other fingerprint", "for another backbone: its fingerprint"),
+        ("other hash", "checksum"),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused(
+    how: str, expected: str, written: Path, model: AdaptedBackbone
+) -> None:
+    damage(written, how)
+    with pytest.raises(ModmetaError, match=expected) as caught:
+        read_adapter(written, model)
+    assert "\n" not in str(caught.value)
+    assert written.name in str(caught.value)
+
+
+def test_a_tensor_that_is_not_finite_is_refused(written: Path, model: AdaptedBackbone) -> None:
+    from modmeta.adapters import adapter_file
+
+    data = bytearray(written.read_bytes())
+    data[-4:] = b"\x00\x00\xc0\x7f"  # a NaN in place of the last number
+    length = int.from_bytes(data[:8], "little")
+    tensors = adapter_file.load(bytes(data))
+    digest = adapter_file._digest(tensors)
+    metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["modmeta"]) | {"tensors": digest}
+    written.write_bytes(save(tensors, {"modmeta": json.dumps(metadata)}))
+    with pytest.raises(ModmetaError, match="is not finite"):
+        read_adapter(written, model)
+
+
+def test_another_backbone_is_refused(written: Path) -> None:
+    units = [UnitConfig("film", group="all"), UnitConfig("projection", {"rank": 2})]
+    other = AdaptedBackbone(Backbone("test_efficientnet", False, 32, seed=1), units)
+    with pytest.raises(ModmetaError, match="for another backbone: its fingerprint"):
+        read_adapter(written, other)
+
+
+def test_other_options_of_a_module_are_refused(
+    written: Path, model: AdaptedBackbone, content: AdapterFile
+) -> None:
+    plan = content.plan | {"gates": [0.0, 1.0]}
+    write_adapter(written, model, AdapterFile(**{**vars(content), "plan": plan}))
+    units = [UnitConfig("film", group="all"), UnitConfig("projection", {"rank": 3})]
+    other = AdaptedBackbone(Backbone("test_efficientnet", False, 32), units)
+    with pytest.raises(ModmetaError, match="no such unit 'projection@features'"):
+        read_adapter(written, other)
