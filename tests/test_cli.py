@@ -10,8 +10,8 @@ from modmeta.cli import COMMANDS, main
 from modmeta.errors import ModmetaError
 
 LIGHT = (
-    ["--help"], ["--version"], [], ["fitt"], ["fit", "--help"], ["test", "-h"], ["adapt", "--help"], ["predict", "--bad"],
-    ["modules"],
+    ["--help"], ["--version"], [], ["fitt"], ["fit", "--help"], ["test", "-h"], ["adapt", "--help"],
+    ["predict", "--bad"], ["modules"],
 )  # fmt: skip
 
 
@@ -29,9 +29,7 @@ def test_light_commands_do_not_import_torch() -> None:
 
 
 def test_python_dash_m_is_the_same_front_door() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "modmeta", "--version"], capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-m", "modmeta", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"modmeta {__version__}\n")
 
 
@@ -54,9 +52,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["modules", "--image-size", "x"], "invalid int value: 'x'"),
     ],
 )
-def test_wrong_words_are_one_line(
-    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_words_are_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

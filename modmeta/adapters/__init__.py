@@ -2,6 +2,7 @@
 
 from modmeta.adapters.adapted import AdaptedBackbone, Gates, State
 from modmeta.adapters.bank import Bank
+from modmeta.adapters.conformance import check_module
 from modmeta.adapters.liveness import DeadUnitError, check_alive
 from modmeta.adapters.module import MODULES, AdapterModule, Cost, register_module
 from modmeta.adapters.units import Unit, UnitConfig, resolve_units
@@ -18,6 +19,7 @@ __all__ = [
     "Unit",
     "UnitConfig",
     "check_alive",
+    "check_module",
     "register_module",
     "resolve_units",
 ]

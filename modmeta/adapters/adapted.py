@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from modmeta.adapters.module import AdapterModule
@@ -139,7 +140,10 @@ class AdaptedBackbone(nn.Module):
         local = _local(site, tensors)
         gate = gates.get(unit.name, 0.0)
         new = self._bound(unit, site, state).overlay(local)
-        return {f"{site.name}.{name}": _blend(local[name], tensor, gate) for name, tensor in new.items()}
+        return {
+            f"{site.name}.{name}": _laid_out(_blend(local[name], tensor, gate), local[name])
+            for name, tensor in new.items()
+        }
 
     def _bound(self, unit: Unit, site: Site, state: State) -> AdapterModule:
         prefix = f"{unit.name}|{site.name}|"
@@ -195,6 +199,16 @@ def _blend(old: Tensor, new: Tensor, gate: Tensor | float) -> Tensor:
     if not isinstance(gate, Tensor) and gate == 1.0:
         return new
     return old + gate * (new - old)
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a kernel in the memory format of ``like``: convolutions choose by it how they add up, to the last bit.
+
+    The strides of a 1x1 kernel may name two formats at once, so arithmetic loses which one was meant.
+    """
+    if like.ndim != 4 or tensor.stride() == like.stride() or not like.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.permute(0, 2, 3, 1).flatten(1).unflatten(1, (*like.shape[2:], like.shape[1])).permute(0, 3, 1, 2)
 
 
 def _open(gate: Tensor | float) -> bool:

@@ -82,4 +82,8 @@ class Bank(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take the specialists from a ``state_dict``."""
-        self.specialists = state["specialists"]
+        # Copies: a bank that is filled from another one must not change with it.
+        self.specialists = {
+            domain: {name: tensor.clone() for name, tensor in specialist.items()}
+            for domain, specialist in state["specialists"].items()
+        }

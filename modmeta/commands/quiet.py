@@ -15,6 +15,7 @@ _LOG_LINES = (
 _WARNINGS = (
     r"LightningCLI's args parameter is intended",
     r".*does not have many workers",
+    r"The number of training batches .* is smaller than the logging interval",
     r".*module\(?s?\)? in eval mode",
     r".*LeafSpec",
     r".*treespec",

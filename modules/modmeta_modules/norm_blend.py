@@ -20,13 +20,10 @@ class NormBlend(AdapterModule):
 
     Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS
     2020. Needs no labels and no gradient. Acts where a layer keeps running statistics (BatchNorm).
-
-    The change of statistics is written into gamma and beta, ``gamma (x - m') / s' + beta`` being an affine map of
-    ``(x - m) / s``: unlike the statistics themselves, these are differentiable, so that a policy can learn the blend.
     """
 
     kinds = frozenset({"norm"})
-    requires = frozenset({"weight", "bias", "running_mean", "running_var"})
+    requires = frozenset({"running_mean", "running_var"})
 
     shift: Tensor
     log_ratio: Tensor
@@ -37,13 +34,15 @@ class NormBlend(AdapterModule):
         self.register_buffer("log_ratio", torch.zeros(site.shapes["running_var"]))
 
     def observe(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Express the support's mean and deviation relative to the layer's own."""
+        """Express the support's mean and variance relative to the layer's own."""
         variance, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
-        deviation = (tensors["running_var"] + _FLOOR).sqrt()
-        ratio = ((variance + _FLOOR).sqrt() / deviation).log()
-        return {"shift": (mean - tensors["running_mean"]) / deviation, "log_ratio": ratio}
+        own = tensors["running_var"] + _FLOOR
+        return {"shift": (mean - tensors["running_mean"]) / own.sqrt(), "log_ratio": ((variance + _FLOOR) / own).log()}
 
     def overlay(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Change gamma and beta as the observed statistics would change the layer's output."""
-        gamma = tensors["weight"] * (-self.log_ratio).exp()
-        return {"weight": gamma, "bias": tensors["bias"] - gamma * self.shift}
+        """Replace the running statistics by the observed ones."""
+        mean, variance = tensors["running_mean"], tensors["running_var"]
+        return {
+            "running_mean": mean + (variance + _FLOOR).sqrt() * self.shift,
+            "running_var": variance * self.log_ratio.exp(),
+        }

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from modmeta.adapters import AdapterModule, Cost, register_module
 from modmeta.backbone import Site
+from modmeta.errors import ModmetaError
 
 
 @register_module("projection")
@@ -26,7 +27,9 @@ class Projection(AdapterModule):
     def __init__(self, site: Site, rank: int | None = 8) -> None:
         super().__init__(site)
         width = site.channels
-        self.rank = min(rank or width, width)
+        if rank is not None and rank < 1:
+            raise ModmetaError(f"projection: rank must be 1 or more, or null for a full matrix, got {rank}")
+        self.rank = width if rank is None else min(rank, width)
         if self.rank < width:
             generator = torch.Generator().manual_seed(width)
             self.down = nn.Parameter(torch.randn(self.rank, width, generator=generator))

@@ -193,9 +193,7 @@ def damage(path: Path, how: str) -> None:
         ("other hash", "checksum"),
     ],
 )
-def test_damaged_and_foreign_files_are_refused(
-    how: str, expected: str, written: Path, model: AdaptedBackbone
-) -> None:
+def test_damaged_and_foreign_files_are_refused(how: str, expected: str, written: Path, model: AdaptedBackbone) -> None:
     damage(written, how)
     with pytest.raises(ModmetaError, match=expected) as caught:
         read_adapter(written, model)
@@ -224,9 +222,7 @@ def test_another_backbone_is_refused(written: Path) -> None:
         read_adapter(written, other)
 
 
-def test_other_options_of_a_module_are_refused(
-    written: Path, model: AdaptedBackbone, content: AdapterFile
-) -> None:
+def test_other_options_of_a_module_are_refused(written: Path, model: AdaptedBackbone, content: AdapterFile) -> None:
     plan = content.plan | {"gates": [0.0, 1.0]}
     write_adapter(written, model, AdapterFile(**{**vars(content), "plan": plan}))
     units = [UnitConfig("film", group="all"), UnitConfig("projection", {"rank": 3})]

@@ -2,10 +2,10 @@
 
 import os
 from contextlib import chdir
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from finished_run import Run
 from PIL import Image
 
 from modmeta.cli import main
@@ -47,20 +47,6 @@ model:
       - module: film
         group: all
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished fit, and the configuration and images that belong to it."""
-
-    config: Path
-    folder: Path
-    support: Path
-    flat: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from finished_run import Run
 from PIL import Image
 
 from modmeta.cli import main
@@ -166,9 +166,7 @@ def test_an_adapter_of_another_training_is_refused(tiny_run: Run, capsys: pytest
     assert not Path("p.csv").exists()
 
 
-def test_an_image_that_cannot_be_decoded_stops_predict(
-    tiny_run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_image_that_cannot_be_decoded_stops_predict(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert adapt(tiny_run, tiny_run.support) == 0
     Path("broken").mkdir()
     Path("broken/x.png").write_text("text")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import Run
+from finished_run import Run
 
 from modmeta.cli import main
 from modmeta.learners import read_checkpoint
@@ -86,6 +86,13 @@ def test_the_command_line_beats_the_checkpoint(tiny_run: Run) -> None:
     assert {record["episodes"] for record in figures(Path("runs/other/version_0/results.json"))} == {1}
 
 
+def test_a_fit_goes_on_from_a_checkpoint(tiny_run: Run) -> None:
+    words = ["--config", str(tiny_run.config), "--ckpt_path", str(tiny_run.checkpoint)]
+    assert main(["fit", *words, "--trainer.max_epochs", "3"]) == 0
+    checkpoint = read_checkpoint("runs/tiny/version_0/checkpoints/last.ckpt")
+    assert checkpoint["epoch"] == 2
+
+
 def test_a_checkpoint_for_another_backbone(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["test", "--config", str(tiny_run.config), "--ckpt_path", str(tiny_run.checkpoint)]
     assert main([*words, "--model.init_args.backbone.name", "test_resnet"]) == 2
@@ -159,9 +166,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 
 
 def test_ctrl_c_during_a_fit(tiny_run: Run) -> None:
-    Path("interrupted.py").write_text(
-        LEARNER.format(name="Interrupted", epoch=1, what="raise KeyboardInterrupt")
-    )
+    Path("interrupted.py").write_text(LEARNER.format(name="Interrupted", epoch=1, what="raise KeyboardInterrupt"))
     words = [
         "--config",
         str(tiny_run.config),
@@ -190,6 +195,4 @@ def test_two_processes_make_one_run(tiny_run: Run) -> None:
     assert done.stdout.count("run folder: runs/ddp/version_0") == 1
     assert done.stdout.count("95 % interval") == 1
     assert [path.name for path in Path("runs/ddp").iterdir()] == ["version_0"]
-    assert len(figures(Path("runs/ddp/version_0/results.json"))) == len(
-        figures(tiny_run.folder / "results.json")
-    )
+    assert len(figures(Path("runs/ddp/version_0/results.json"))) == len(figures(tiny_run.folder / "results.json"))

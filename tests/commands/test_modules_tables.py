@@ -68,9 +68,7 @@ def test_the_units_of_a_configuration(tiny_config: Path, capsys: pytest.CaptureF
         ("- {module: film}", ["--backbone", "test_vitt"], "did you mean 'test_vit'?"),
     ],
 )
-def test_wrong_units(
-    content: str, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_units(content: str, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("units.yaml").write_text(content)
     assert main(["modules", "--units", "units.yaml", *words]) == 2
     assert expected in capsys.readouterr().err

@@ -71,7 +71,7 @@ FILES = [
     (
         "bad interpolation",
         put("model.init_args.backbone.image_size", "${data.image_siz}"),
-        "model.init_args.backbone.image_size: Interpolation key 'data.image_siz' not found; did you mean data.image_size?",
+        "image_size: Interpolation key 'data.image_siz' not found; did you mean data.image_size?",
     ),
     ("broken interpolation", put("data.queries", "${data.seed"), "data.queries: "),
     (
@@ -93,9 +93,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("edit", "expected"), [c[1:] for c in FILES], ids=[c[0] for c in FILES])
-def test_broken_configuration(
-    edit: Edit, expected: str, tiny_config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_configuration(edit: Edit, expected: str, tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in message(capsys, ["fit", "--config", broken(tiny_config, edit)])
 
 

@@ -1,0 +1,178 @@
+"""Each module that ships, against what it is said to compute, on a plain timm model."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from modmeta_modules import norm_blend
+from torch import Tensor, nn
+
+from modmeta.adapters import AdaptedBackbone, State, UnitConfig
+from modmeta.backbone import Backbone
+
+
+@cache
+def host(name: str) -> Backbone:
+    backbone = Backbone(name, pretrained=False, image_size=32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim == 1:  # no branch closed, no norm trivial
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+        for module in backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.copy_(0.3 * torch.randn(module.num_features, generator=generator))
+                module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    return backbone
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def build(name: str, module: str, **options: Any) -> tuple[AdaptedBackbone, State]:
+    model = AdaptedBackbone(host(name), [UnitConfig(module, options, group="all")])
+    generator = torch.Generator().manual_seed(2)
+    state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.fresh().items()}
+    return model, state
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet_gn", "test_vit", "test_convnext"])
+def test_film_scales_and_shifts_every_norm(name: str, images: Tensor) -> None:
+    model, state = build(name, "film")
+    (unit,) = model.units
+    plain = copy.deepcopy(model.backbone.model)
+    for site in unit.sites:
+        norm = plain.get_submodule(site.name)
+        size = max(float(norm.weight.detach().pow(2).mean().sqrt()), 0.1)
+        norm.weight.data += size * state[f"{unit.name}|{site.name}|scale"]
+        norm.bias.data += size * state[f"{unit.name}|{site.name}|shift"]
+    with torch.no_grad():
+        expected = plain(model.backbone.prepare(images))
+        torch.testing.assert_close(model(images, state, {unit.name: 1.0}), expected, rtol=1e-4, atol=1e-4)
+        assert float((expected - model.backbone(images)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"])
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (3, 2.0)])
+def test_lora_adds_a_product_of_low_rank(name: str, rank: int, alpha: float, images: Tensor) -> None:
+    model, state = build(name, "lora", rank=rank, alpha=alpha)
+    (unit,) = model.units
+    plain = copy.deepcopy(model.backbone.model)
+    for site in unit.sites:
+        weight = plain.get_submodule(site.name).weight.data
+        down, up = (state[f"{unit.name}|{site.name}|{part}"] for part in ("down", "up"))
+        change = torch.einsum("or,rk->ok", up, down).reshape(weight.shape)
+        assert torch.linalg.matrix_rank(change.flatten(1)) <= rank
+        weight += alpha * weight.pow(2).mean().sqrt() / rank**0.5 * change
+    with torch.no_grad():
+        expected = plain(model.backbone.prepare(images))
+        found = model(images, state, {unit.name: 1.0})
+        assert float((found - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max()))
+        assert float((expected - model.backbone(images)).abs().max()) > 1e-2 * float(expected.abs().max())
+
+
+def test_lora_of_a_small_weight_has_that_weights_rank() -> None:
+    model, _ = build("test_efficientnet", "lora", rank=1000)
+    for name, tensor in model.fresh().items():
+        unit, site, part = name.split("|")
+        rows, *rest = model.backbone.site(site).shapes["weight"]
+        assert tensor.shape[1 if part == "up" else 0] == min(rows, torch.Size(rest).numel())
+
+
+@pytest.mark.parametrize(("name", "rank"), [("test_resnet", 4), ("test_vit", None), ("test_vit", 10_000)])
+def test_projection_is_a_matrix(name: str, rank: int | None, images: Tensor) -> None:
+    model, state = build(name, "projection", rank=rank)
+    (unit,) = model.units
+    width = model.backbone.feature_dim
+    up = state[f"{unit.name}|features|up"]
+    down = state.get(f"{unit.name}|features|down", torch.eye(width))
+    matrix = torch.eye(width) + up @ down / width**0.5
+    for gate in (1.0, 0.4):
+        gated = torch.eye(width) + gate * (matrix - torch.eye(width))
+        expected = (gated @ model.backbone(images).T).T
+        torch.testing.assert_close(model(images, state, {unit.name: gate}), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def with_statistics_of(backbone: Backbone, support: Tensor) -> nn.Module:
+    """Return a copy of the timm model whose batch norms really have the running statistics of some images."""
+    model = copy.deepcopy(backbone.model)
+
+    def replace(module: nn.BatchNorm2d, args: tuple[Tensor, ...]) -> None:
+        x = args[0].transpose(0, 1).flatten(1).double()
+        module.running_mean.copy_(x.mean(1))
+        module.running_var.copy_(x.var(1, correction=0))
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(replace)
+    model(backbone.prepare(support))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module._forward_pre_hooks.clear()
+    return model
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+@torch.no_grad()
+def test_norm_blend_at_gate_one_is_the_supports_own_statistics(
+    name: str, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_blend, "_FLOOR", 0.0)  # exact but for the floor under small variances
+    model, _ = build(name, "norm_blend")
+    gates = {model.units[0].name: 1.0}
+    query = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 0.5
+    passed, observed = model.observe(images, model.fresh(), gates)
+    replaced = with_statistics_of(model.backbone, images)
+    for x in (images, query):
+        expected = replaced(model.backbone.prepare(x))
+        found = model(x, observed, gates)
+        assert float((found - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+        assert float((model.backbone(x) - expected).abs().max()) > 1e-2 * float(expected.abs().max())
+    torch.testing.assert_close(passed, model(images, observed, gates), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_norm_blend_blends_gamma_and_beta_and_observes_under_its_own_gate(images: Tensor) -> None:
+    model, _ = build("test_efficientnet", "norm_blend")
+    (unit,) = model.units
+    _, full = model.observe(images, model.fresh(), {unit.name: 1.0})
+    _, part = model.observe(images, model.fresh(), {unit.name: 0.3})
+    first, *_, last = unit.sites
+
+    def read(state: State, site: str) -> Tensor:
+        return state[f"{unit.name}|{site}|shift"]
+
+    # The first layer sees the same input whatever the gate; the last sees what the earlier ones let through.
+    assert torch.equal(read(full, first.name), read(part, first.name))
+    assert not torch.allclose(read(full, last.name), read(part, last.name), atol=1e-3)
+    plain = model.backbone.tensors()
+    whole, half = (model.overlay(full, {unit.name: gate}) for gate in (1.0, 0.5))
+    for name, tensor in half.items():
+        torch.testing.assert_close(tensor, (plain[name] + whole[name]) / 2)
+
+
+@torch.no_grad()
+def test_norm_blend_of_the_sources_own_statistics_changes_nothing(images: Tensor) -> None:
+    model, _ = build("test_efficientnet", "norm_blend")
+    host_ = copy.deepcopy(model.backbone)
+    host_.model.load_state_dict(with_statistics_of(model.backbone, images).state_dict())
+    same = AdaptedBackbone(host_, [UnitConfig("norm_blend", group="all")])
+    _, observed = same.observe(images, same.fresh(), {"norm_blend@all": 1.0})
+    assert all(float(tensor.abs().max()) < 1e-2 for tensor in observed.values())
+    torch.testing.assert_close(same(images, observed, {"norm_blend@all": 1.0}), host_(images), rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_norm_blend_of_a_channel_that_is_silent_keeps_the_next_image_within_bounds() -> None:
+    model, _ = build("test_efficientnet", "norm_blend")
+    gates = {model.units[0].name: 1.0}
+    _, observed = model.observe(torch.zeros(1, 3, 32, 32), model.fresh(), gates)
+    features = model(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(4)), observed, gates)
+    assert bool(torch.isfinite(features).all())
+    variances = [t for name, t in model.overlay(observed, gates).items() if name.endswith("running_var")]
+    assert all(float(variance.min()) > 4e-4 for variance in variances)
