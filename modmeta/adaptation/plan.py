@@ -53,7 +53,8 @@ class Plan:
 
     def detach(self) -> Plan:
         """Return the plan without gradients."""
-        return replace(self, **{name: tensor.detach() for name, tensor in self._tensors().items()})
+        still: dict[str, Any] = {name: tensor.detach() for name, tensor in self._tensors().items()}
+        return replace(self, **still)
 
     def keeping(self, names: Sequence[str]) -> Plan:
         """Return the plan with every unit that is not in ``names`` left out."""

@@ -91,7 +91,8 @@ def judge(
     held = torch.cat([fold for _, fold in splits]) if splits else torch.zeros(0, dtype=torch.long)
     losses: dict[str | None, Tensor] = {}
     if labels is not None and splits:
-        for name, plan in {None: None, **plans}.items():
+        compared: list[tuple[str | None, Plan | None]] = [(None, None), *plans.items()]
+        for name, plan in compared:
             logits = torch.cat([predict(plan, rest, fold) for rest, fold in splits])
             losses[name] = tempered_losses(logits, labels[held])
     count = len(held)

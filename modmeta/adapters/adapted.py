@@ -7,7 +7,7 @@ import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +175,8 @@ def bind(module: M, tensors: Mapping[str, Tensor]) -> M:
     """
     view = copy.copy(module)
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    view._parameters = {name: own.get(name, tensor) for name, tensor in module._parameters.items()}  # type: ignore[assignment]
+    parameters: dict[str, Any] = {name: own.get(name, tensor) for name, tensor in module._parameters.items()}
+    view._parameters = parameters
     view._buffers = {name: own.get(name, tensor) for name, tensor in module._buffers.items()}
     view._modules = {
         child: bind(submodule, {n[len(child) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{child}.")})

@@ -130,7 +130,8 @@ def _case(backbone: Backbone, cls: type[AdapterModule], options: dict[str, Any])
 def _check_contract(cls: type[AdapterModule]) -> None:
     name = getattr(cls, "name", None)
     assert name is not None, "the class has no name; decorate it with @register_module"
-    assert name in MODULES and MODULES.get(name) is cls, f"the name {name!r} is not registered for this class"
+    assert name in MODULES, f"the name {name!r} is not registered"
+    assert MODULES.get(name) is cls, f"the name {name!r} is registered for another class"
     assert cls.overrides("overlay") or cls.overrides("forward"), "neither overlay nor forward is implemented"
 
 

@@ -1,7 +1,7 @@
 """LightningModules that meta-train something over episodes."""
 
 from modmeta.learners.base import MetaLearner
-from modmeta.learners.checkpoint import load_learner, read_checkpoint
+from modmeta.learners.loading import load_learner, read_checkpoint
 from modmeta.learners.metrics import EpisodeMetrics, Result
 from modmeta.learners.modular import ModularMetaLearner
 from modmeta.learners.source import BackboneConfig, SourceConfig, SourceLearner

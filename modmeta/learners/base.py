@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from modmeta.adaptation import (
-    HEADS,
-    Adapted,
-    DivergedError,
-    Head,
-    Plan,
-    SourceStatistics,
-    Support,
-)
-from modmeta.adapters import AdaptedBackbone, Bank, UnitConfig, check_alive
+from modmeta.adaptation import DivergedError
 from modmeta.data import Episode, SourceBatch
 from modmeta.errors import ModmetaError
+from modmeta.learners.checkpoint import check, describe, plain
 from modmeta.learners.feature_cache import FeatureCache
-from modmeta.learners.metrics import EpisodeMetrics, Result
-from modmeta.learners.source import BackboneConfig, SourceConfig, SourcePhase, source_step
+from modmeta.learners.measuring import EpisodeMeasuring, episode_support
+from modmeta.learners.source import SourcePhase, source_step
 
 
-class MetaLearner(LightningModule):
+class MetaLearner(EpisodeMeasuring):
     """Meta-trains something over episodes on a frozen backbone.
 
     As it stands it is a head-only learner: :meth:`adapt` fits a closed-form head to frozen features, and
@@ -52,76 +40,13 @@ class MetaLearner(LightningModule):
         cache_dir: where frozen features are kept; None keeps them in memory.
     """
 
-    systems: tuple[str, ...] = ("none", "adapted")
-    facts: Mapping[str, tuple[str, ...]] = {"adapted": ("units_updated", "parameters_updated", "seconds")}
-
-    def __init__(
-        self,
-        backbone: BackboneConfig,
-        units: Sequence[UnitConfig] = (),
-        head: str = "anchored_ridge",
-        head_options: dict[str, float] | None = None,
-        source: SourceConfig = SourceConfig(),
-        learning_rate: float = 1e-3,
-        baselines: Sequence[str] = (),
-        source_images: int = 100,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(logger=False)
-        self.automatic_optimization = False
-        self.source = source
-        self.learning_rate = learning_rate
-        self.source_images = source_images
-        self.cache_dir = cache_dir
-        self.model = AdaptedBackbone(backbone.build(), units)
-        check_alive(self.model)
-        if not source.epochs:
-            self.model.backbone.requires_grad_(False)
-        self.bank = Bank(self.model)
-        self.head: Head = HEADS.get(head)(**(head_options or {}))
-        self.baselines = nn.ModuleDict({name: HEADS.get(name)() for name in baselines}).requires_grad_(False)
-        self.sources = SourceStatistics()
-        self.phase: SourcePhase | None = None
-        self.results: list[Result] = []
-        self._metrics: EpisodeMetrics | None = None
-        self._cache: FeatureCache | None = None
-        self._fingerprint: str | None = None
+    _fingerprint: str | None = None
 
     # ------------------------------------------------------------------ what a subclass may override
 
-    def adapt(self, support: Support) -> Adapted:
-        """Adapt to a support set; gradients flow to what is meta-learned when they are enabled.
-
-        Args:
-            support: the images; the query is never seen.
-        """
-        features = self.prior_features(support.images)
-        return Adapted(self.bank.initial(), self.idle_plan(), self.fit_head(features, support), support.classes)
-
-    def inner_loss(self, features: Tensor, support: Support, ridge: Tensor | None = None) -> Tensor:
-        """Return the loss per support image ``(S,)`` that adaptation descends.
-
-        Every image is judged by a head that was fitted without it, so a head that merely remembers its
-        support earns nothing.
-
-        Args:
-            features: ``(S, D)`` under the adapted modules.
-            support: where they come from.
-            ridge: factor on the head's ridge strength.
-        """
-        assert support.labels is not None
-        anchor = self.sources.view(support.hidden).anchor(support.classes)
-        logits = self.head.held_out(features, support.labels, support.ways, anchor, ridge)
-        return F.cross_entropy(logits, support.labels, reduction="none")
-
-    def query_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of an adapted model on query images, a scalar."""
-        return F.cross_entropy(logits, labels)
-
     def episode_loss(self, episode: Episode) -> Tensor:
         """Return the meta-objective of one training episode, a scalar."""
-        adapted = self.adapt(_support(episode, hide=True))
+        adapted = self.adapt(episode_support(episode, hide=True))
         return self.query_loss(self.logits(adapted, episode.query), episode.query_labels)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -136,7 +61,7 @@ class MetaLearner(LightningModule):
     def on_sources_measured(self) -> None:
         """Prepare what needs the source statistics, before the first episode."""
 
-    # ------------------------------------------------------------------ parts
+    # ------------------------------------------------------------------ training
 
     @property
     def source_epochs(self) -> int:
@@ -148,54 +73,6 @@ class MetaLearner(LightningModule):
         own = {id(parameter) for parameter in self.model.backbone.parameters()}
         own |= set() if self.phase is None else {id(parameter) for parameter in self.phase.parameters()}
         return [p for p in self.parameters() if id(p) not in own and p.requires_grad]
-
-    def idle_plan(self) -> Plan:
-        """Return the plan that adapts nothing."""
-        names = tuple(unit.name for unit in self.model.units)
-        zeros = torch.zeros(len(names), device=self.device)
-        scalar = torch.zeros((), device=self.device)
-        ones = torch.ones(len(names), 1, device=self.device)
-        return Plan(names, zeros, zeros[:, None][:, :0], zeros, ones, scalar + 1, scalar, scalar)
-
-    def prior_features(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return unadapted features ``(B, D)``, without gradient, from the cache where ``ids`` allow it."""
-        if self._cache is not None:
-            return self._cache.get(images, "features", ids)
-        with torch.no_grad():
-            return self.model.backbone(images)
-
-    def fit_head(
-        self, features: Tensor, support: Support, head: Head | None = None, ridge: Tensor | None = None
-    ) -> Any:
-        """Fit a head to support features; unlabelled ones get the sources' classifier, centred on them.
-
-        Raises:
-            ModmetaError: for unlabelled images of classes that no source domain knows.
-        """
-        anchor = self.sources.view(support.hidden).anchor(support.classes)
-        if support.labels is not None:
-            return (head or self.head).fit(features, support.labels, support.ways, anchor, ridge)
-        if not bool(anchor.known.all()):
-            new = [name for name, known in zip(support.classes, anchor.known.tolist(), strict=True) if not known]
-            raise ModmetaError(f"class {new[0]!r} is new to the source domains, so its images need labels")
-        return anchor.classifier(self.sources.scale, features.mean(0))
-
-    def logits(self, adapted: Adapted, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Return logits ``(B, C)`` of images under an adapted model; differentiable in it."""
-        gates = adapted.plan.gate_of()
-        start = self.model.cut_before(self.model.active(gates))
-        if start == "features" and not gates:
-            return adapted.classifier(self.prior_features(images, ids))
-        hidden = self._hidden(images, start, ids)
-        return adapted.classifier(self.model(hidden, adapted.state, gates, start=start))
-
-    def _hidden(self, images: Tensor, cut: str | None, ids: Tensor | None) -> Tensor:
-        if self._cache is not None:
-            return self._cache.get(images, cut, ids)
-        with torch.no_grad():
-            return images if cut is None else self.model.backbone.run(images, stop=cut)
-
-    # ------------------------------------------------------------------ training
 
     def setup(self, stage: str) -> None:
         """Make what needs the data module: the source classifier and the feature cache."""
@@ -312,120 +189,15 @@ class MetaLearner(LightningModule):
             if buffer.is_floating_point():
                 buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
-    # ------------------------------------------------------------------ evaluation
-
-    def evaluate(self, episode: Episode) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-        """Return query logits per system, and further figures per system, of one episode."""
-        ids = episode.query_ids if episode.shift is None else None
-        support_ids = episode.support_ids if episode.shift is None else None
-        support = _support(episode, hide=episode.domain in self.sources.domains)
-        view = self.sources.view(support.hidden)
-        features = self.prior_features(support.images, support_ids)
-        query = self.prior_features(episode.query, ids)
-        logits: dict[str, Tensor] = {}
-        if bool(view.anchor(support.classes).known.any()):
-            logits["source"] = view.classifier(support.classes)(query)
-        for name, head in self.baselines.items():
-            logits[name] = self.fit_head(features, support, head)(query)
-        logits["none"] = self.fit_head(features, support)(query)
-        begin = time.perf_counter()
-        adapted = self.adapt(support)
-        seconds = time.perf_counter() - begin
-        logits["adapted"] = self.logits(adapted, episode.query, ids)
-        return logits, {"adapted": {**self.updated(adapted), "seconds": seconds}}
-
-    def updated(self, adapted: Adapted) -> dict[str, float]:
-        """Return the shares of units and of the backbone's parameters that an adaptation updated."""
-        active = self.model.active(adapted.plan.gate_of())
-        backbone = sum(p.numel() for p in self.model.backbone.parameters())
-        return {
-            "units_updated": len(active) / max(1, len(self.model.units)),
-            "parameters_updated": sum(unit.cost.parameters for unit in active) / backbone,
-        }
-
-    def on_validation_epoch_start(self) -> None:
-        """Start new figures."""
-        self._metrics = self._new_metrics("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Start new figures.
-
-        Raises:
-            ModmetaError: if this model was never trained.
-        """
-        if not self.sources.ready:
-            raise ModmetaError("this model was not trained: give the checkpoint of a fit with --ckpt_path")
-        self._metrics = self._new_metrics("test")
-
-    def validation_step(self, batch: list[Episode], batch_idx: int) -> None:
-        """Measure the validation episodes; there is nothing to measure while the backbone trains."""
-        if self.sources.ready and self._metrics is not None:
-            self._measure(batch)
-
-    def test_step(self, batch: list[Episode], batch_idx: int) -> None:
-        """Measure the test episodes."""
-        self._measure(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation figures."""
-        if self.sources.ready:
-            self._finish("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test figures and keep them in ``results``."""
-        self._finish("test")
-
-    def _measure(self, episodes: Sequence[Episode]) -> None:
-        assert self._metrics is not None
-        # Adaptation takes gradients, which inference mode would forbid.
-        with torch.inference_mode(False), torch.no_grad():
-            for inference in episodes:
-                episode = _normal(inference)
-                logits, facts = self.evaluate(episode)
-                for system, scores in logits.items():
-                    if not torch.isfinite(scores).all():
-                        raise DivergedError(
-                            f"episode {episode.index}, domain {episode.domain!r}: system {system!r} is not finite"
-                        )
-                self._metrics.update(episode.domain, episode.shots, episode.index, episode.query_labels, logits, facts)
-
-    def _new_metrics(self, split: str) -> EpisodeMetrics | None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            raise ModmetaError("episodes are measured per domain of a DomainDataModule; pass datamodule=...")
-        systems = ("source", *self.baselines, *self.systems)
-        domains = getattr(datamodule, f"{split}_domains")
-        return EpisodeMetrics(dict.fromkeys(systems), domains, datamodule.hparams["eval_shots"], self.facts).to(
-            self.device
-        )
-
-    def _finish(self, split: str) -> None:
-        if self._metrics is None:
-            return
-        results = self._metrics.compute()
-        self._metrics = None
-        self.results = results
-        for r in results:
-            if r.system == "adapted":
-                self.log(f"{split}/{r.domain}/{r.shots}-shot/{r.metric}", r.value, rank_zero_only=True)
-        gains = [r.value for r in results if r.system == "adapted" and r.metric == "gain"]
-        if gains:
-            self.log(f"{split}/gain", sum(gains) / len(gains), prog_bar=True, rank_zero_only=True)
-
     # ------------------------------------------------------------------ checkpoints
+
+    from_checkpoint = False
+    """Whether the backbone was built without its weights, because a checkpoint brings them."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a checkpoint must be checked against."""
-        backbone = self.model.backbone
-        checkpoint["hyper_parameters"] = _plain(dict(self.hparams))
-        checkpoint["modmeta"] = {
-            "learner": f"{type(self).__module__}.{type(self).__qualname__}",
-            "backbone": backbone.name,
-            "preprocessing": backbone.preprocessing,
-            "fingerprint": backbone.fingerprint(),
-            "trained_source": bool(self.source.epochs),
-            "units": [unit.name for unit in self.model.units],
-        }
+        checkpoint["hyper_parameters"] = plain(dict(self.hparams))
+        checkpoint["modmeta"] = describe(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another learner, backbone or set of units.
@@ -433,46 +205,8 @@ class MetaLearner(LightningModule):
         Raises:
             ModmetaError: saying what was found and what was expected.
         """
-        found = checkpoint.get("modmeta")
-        if found is None:
-            raise ModmetaError("the checkpoint was not written by a modmeta learner")
-        backbone = self.model.backbone
-        pairs = [
-            ("backbone", found["backbone"], backbone.name),
-            ("preprocessing", found["preprocessing"], backbone.preprocessing),
-            ("units", found["units"], [unit.name for unit in self.model.units]),
-        ]
-        if not found["trained_source"] and not self.from_checkpoint:
-            pairs.append(("backbone fingerprint", found["fingerprint"], backbone.fingerprint()))
-        for what, theirs, ours in pairs:
-            if theirs != ours:
-                raise ModmetaError(f"the checkpoint is for another {what}: it has {theirs}, this model {ours}")
-        phase = {key: tensor for key, tensor in checkpoint["state_dict"].items() if key.startswith("phase.")}
+        check(checkpoint.get("modmeta"), self, weights=not self.from_checkpoint)
         if self.phase is None:
             # The source classifier only serves source training.
-            for key in phase:
+            for key in [key for key in checkpoint["state_dict"] if key.startswith("phase.")]:
                 del checkpoint["state_dict"][key]
-
-    from_checkpoint = False
-    """Whether the backbone was built without its weights, because a checkpoint brings them."""
-
-
-def _plain(value: Any) -> Any:
-    """Return lists, dicts, strings and numbers only: what loading a checkpoint without unpickling allows."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping) or hasattr(value, "items"):
-        return {str(key): _plain(each) for key, each in value.items() if key != "_instantiator"}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return value
-
-
-def _normal(episode: Episode) -> Episode:
-    """Copy tensors that were made in inference mode; autograd refuses those."""
-    tensors = {name: value.clone() for name, value in vars(episode).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(episode, **tensors)
-
-
-def _support(episode: Episode, hide: bool) -> Support:
-    return Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain if hide else None)

@@ -1,66 +1,56 @@
-"""From a checkpoint file back to a learner, without unpickling code and without any weights download."""
+"""What a checkpoint says about itself, and what it must agree with to be loaded."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
-from zipfile import BadZipFile
-
-import torch
-from jsonargparse import ArgumentParser
 
 from modmeta.errors import ModmetaError
-from modmeta.learners.base import MetaLearner
+from modmeta.learners.parts import LearnerParts
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of a modmeta learner as plain data.
-
-    Raises:
-        ModmetaError: if it is missing, broken, holds code, or is not of modmeta.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ModmetaError(f"checkpoint {file} does not exist; give the .ckpt file of a run's checkpoints folder")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise ModmetaError(f"checkpoint {file} cannot be read ({reason}); give another one") from error
-    if not isinstance(checkpoint, dict) or "modmeta" not in checkpoint:
-        raise ModmetaError(f"checkpoint {file} was not written by a modmeta learner; give one of a modmeta run")
-    return checkpoint
+def describe(learner: LearnerParts) -> dict[str, Any]:
+    """Return what a checkpoint of ``learner`` must be checked against, as plain data."""
+    backbone = learner.model.backbone
+    return {
+        "learner": f"{type(learner).__module__}.{type(learner).__qualname__}",
+        "backbone": backbone.name,
+        "preprocessing": backbone.preprocessing,
+        "fingerprint": backbone.fingerprint(),
+        "trained_source": bool(learner.source.epochs),
+        "units": [unit.name for unit in learner.model.units],
+    }
 
 
-def load_learner(path: str | Path) -> MetaLearner:
-    """Rebuild the learner of a checkpoint, ready to adapt.
+def check(found: Mapping[str, Any] | None, learner: LearnerParts, *, weights: bool) -> None:
+    """Refuse a checkpoint of another backbone or set of units.
 
-    The class must be known already: a learner of a user's own file is known once that file is imported.
+    Args:
+        found: what :func:`describe` said when it was written; None if nothing did.
+        learner: the learner that is to take it.
+        weights: whether the backbone's own weights must agree, where source training has not changed them.
 
     Raises:
-        ModmetaError: if the file or its class cannot be used.
+        ModmetaError: saying what was found and what was expected.
     """
-    checkpoint = read_checkpoint(path)
-    name = checkpoint["modmeta"]["learner"]
-    known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(MetaLearner)}
-    if name not in known:
-        raise ModmetaError(f"checkpoint {path} holds a learner {name}; give the file that defines it with --modules")
-    arguments = dict(checkpoint["hyper_parameters"])
-    # The checkpoint brings the weights.
-    arguments["backbone"] = {**arguments["backbone"], "pretrained": False}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(known[name])
-    built = parser.instantiate_classes(parser.parse_object(arguments))
-    learner = known[name](**vars(built))
-    learner.from_checkpoint = True
-    learner.on_load_checkpoint(checkpoint)
-    learner.load_state_dict(checkpoint["state_dict"])
-    return learner.eval()
+    if found is None:
+        raise ModmetaError("the checkpoint was not written by a modmeta learner; give one of a modmeta run")
+    ours = describe(learner)
+    compared = {"backbone": "backbone", "preprocessing": "preprocessing", "units": "set of units"}
+    if weights and not found["trained_source"]:
+        compared["fingerprint"] = "backbone fingerprint"
+    for key, noun in compared.items():
+        if found[key] != ours[key]:
+            raise ModmetaError(f"the checkpoint is for another {noun}: it has {found[key]}, this model {ours[key]}")
 
 
-def _subclasses(cls: type[MetaLearner]) -> Iterator[type[MetaLearner]]:
-    yield cls
-    for child in cls.__subclasses__():
-        yield from _subclasses(child)
+def plain(value: Any) -> Any:
+    """Return lists, dicts, strings and numbers only: what loading a checkpoint without unpickling allows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(key): plain(each) for key, each in value.items() if key != "_instantiator"}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value

@@ -60,8 +60,9 @@ class EpisodeMetrics(nn.Module):
         super().__init__()
         self.facts = facts
         self.cells = [(s, d, k) for s in systems for d in domains for k in shots]
-        self.rows = nn.ModuleList([CatMetric() for _ in self.cells])
-        for (system, _, _), metric in zip(self.cells, self.rows, strict=True):
+        self._rows = [CatMetric() for _ in self.cells]
+        self.rows = nn.ModuleList(self._rows)
+        for (system, _, _), metric in zip(self.cells, self._rows, strict=True):
             # A rank that meets no episode of a cell must still take part in gathering its rows.
             metric.update(torch.full((1, self._width(system)), -1.0, dtype=torch.double))
 
@@ -98,14 +99,14 @@ class EpisodeMetrics(nn.Module):
                 *further,
             ]
             bins = calibration_bins(scores.double().softmax(-1), labels)
-            metric = self.rows[self.cells.index((system, domain, shots))]
+            metric = self._rows[self.cells.index((system, domain, shots))]
             figures = torch.cat([torch.tensor(row, dtype=torch.double), bins.flatten().cpu()])
             metric.update(figures[None].to(metric.device))
 
     def compute(self) -> list[Result]:
         """Return all figures; a cell without episodes gives none."""
         results: list[Result] = []
-        for (system, domain, shots), metric in zip(self.cells, self.rows, strict=True):
+        for (system, domain, shots), metric in zip(self.cells, self._rows, strict=True):
             rows = metric.compute()
             rows = rows.reshape(-1, self._width(system)).cpu()
             rows = rows[rows[:, 0] >= 0]

@@ -100,9 +100,7 @@ def test_a_state_dict_brings_everything_back(model: AdaptedBackbone, bank: Bank)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused(
-    value: float, model: AdaptedBackbone, bank: Bank, move: Move
-) -> None:
+def test_numbers_that_are_not_finite_are_refused(value: float, model: AdaptedBackbone, bank: Bank, move: Move) -> None:
     state = move(model)
     state[bank.names[-1]].view(-1)[0] = value
     before = bank.specialist("art")

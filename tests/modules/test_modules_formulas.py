@@ -78,7 +78,7 @@ def test_lora_adds_a_product_of_low_rank(name: str, rank: int, alpha: float, ima
 def test_lora_of_a_small_weight_has_that_weights_rank() -> None:
     model, _ = build("test_efficientnet", "lora", rank=1000)
     for name, tensor in model.fresh().items():
-        unit, site, part = name.split("|")
+        _, site, part = name.split("|")
         rows, *rest = model.backbone.site(site).shapes["weight"]
         assert tensor.shape[1 if part == "up" else 0] == min(rows, torch.Size(rest).numel())
 

@@ -1,0 +1,125 @@
+"""What every learner is made of: backbone, units, bank, head, sources, and the way from a support to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modmeta.adaptation import HEADS, Adapted, Classifier, Head, Plan, SourceStatistics, Support
+from modmeta.adapters import AdaptedBackbone, Bank, UnitConfig, check_alive
+from modmeta.errors import ModmetaError
+from modmeta.learners.feature_cache import FeatureCache
+from modmeta.learners.source import BackboneConfig, SourceConfig, SourcePhase
+
+
+class LearnerParts(LightningModule):
+    """The parts that every learner over episodes is made of, and the way from a support set to logits."""
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        units: Sequence[UnitConfig] = (),
+        head: str = "anchored_ridge",
+        head_options: dict[str, float] | None = None,
+        source: SourceConfig = SourceConfig(),
+        learning_rate: float = 1e-3,
+        baselines: Sequence[str] = (),
+        source_images: int = 100,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.automatic_optimization = False
+        self.source = source
+        self.learning_rate = learning_rate
+        self.source_images = source_images
+        self.cache_dir = cache_dir
+        self.model = AdaptedBackbone(backbone.build(), units)
+        check_alive(self.model)
+        if not source.epochs:
+            self.model.backbone.requires_grad_(False)
+        self.bank = Bank(self.model)
+        self.head: Head = HEADS.get(head)(**(head_options or {}))
+        self.baselines = nn.ModuleDict({name: HEADS.get(name)() for name in baselines}).requires_grad_(False)
+        self.sources = SourceStatistics()
+        self.phase: SourcePhase | None = None
+        self._cache: FeatureCache | None = None
+
+    def adapt(self, support: Support) -> Adapted:
+        """Adapt to a support set; gradients flow to what is meta-learned when they are enabled.
+
+        Args:
+            support: the images; the query is never seen.
+        """
+        features = self.prior_features(support.images)
+        return Adapted(self.bank.initial(), self.idle_plan(), self.fit_head(features, support), support.classes)
+
+    def inner_loss(self, features: Tensor, support: Support, ridge: Tensor | None = None) -> Tensor:
+        """Return the loss per support image ``(S,)`` that adaptation descends.
+
+        Every image is judged by a head that was fitted without it, so a head that merely remembers its
+        support earns nothing.
+
+        Args:
+            features: ``(S, D)`` under the adapted modules.
+            support: where they come from.
+            ridge: factor on the head's ridge strength.
+        """
+        assert support.labels is not None
+        anchor = self.sources.view(support.hidden).anchor(support.classes)
+        logits = self.head.held_out(features, support.labels, support.ways, anchor, ridge)
+        return F.cross_entropy(logits, support.labels, reduction="none")
+
+    def query_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of an adapted model on query images, a scalar."""
+        return F.cross_entropy(logits, labels)
+
+    def idle_plan(self) -> Plan:
+        """Return the plan that adapts nothing."""
+        names = tuple(unit.name for unit in self.model.units)
+        zeros = torch.zeros(len(names), device=self.device)
+        scalar = torch.zeros((), device=self.device)
+        ones = torch.ones(len(names), 1, device=self.device)
+        return Plan(names, zeros, zeros[:, None][:, :0], zeros, ones, scalar + 1, scalar, scalar)
+
+    def prior_features(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return unadapted features ``(B, D)``, without gradient, from the cache where ``ids`` allow it."""
+        if self._cache is not None:
+            return self._cache.get(images, "features", ids)
+        with torch.no_grad():
+            return self.model.backbone(images)
+
+    def fit_head(
+        self, features: Tensor, support: Support, head: Head | None = None, ridge: Tensor | None = None
+    ) -> Classifier:
+        """Fit a head to support features; unlabelled ones get the sources' classifier, centred on them.
+
+        Raises:
+            ModmetaError: for unlabelled images of classes that no source domain knows.
+        """
+        anchor = self.sources.view(support.hidden).anchor(support.classes)
+        if support.labels is not None:
+            return (head or self.head).fit(features, support.labels, support.ways, anchor, ridge)
+        if not bool(anchor.known.all()):
+            new = [name for name, known in zip(support.classes, anchor.known.tolist(), strict=True) if not known]
+            raise ModmetaError(f"class {new[0]!r} is new to the source domains, so its images need labels")
+        return anchor.classifier(self.sources.scale, features.mean(0))
+
+    def logits(self, adapted: Adapted, images: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return logits ``(B, C)`` of images under an adapted model; differentiable in it."""
+        gates = adapted.plan.gate_of()
+        start = self.model.cut_before(self.model.active(gates))
+        if start == "features" and not gates:
+            return adapted.classifier(self.prior_features(images, ids))
+        hidden = self._hidden(images, start, ids)
+        return adapted.classifier(self.model(hidden, adapted.state, gates, start=start))
+
+    def _hidden(self, images: Tensor, cut: str | None, ids: Tensor | None) -> Tensor:
+        if self._cache is not None:
+            return self._cache.get(images, cut, ids)
+        with torch.no_grad():
+            return images if cut is None else self.model.backbone.run(images, stop=cut)
