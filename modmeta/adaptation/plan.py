@@ -85,6 +85,8 @@ class Plan:
     def from_dict(cls, data: dict[str, Any]) -> Plan:
         """Rebuild a plan from :meth:`to_dict`."""
         tensors = {name: torch.tensor(value) for name, value in data.items() if name != "units"}
+        if not data["units"]:  # a list without rows does not say how wide they were
+            tensors |= {"rates": torch.zeros(0, 0), "bank": torch.zeros(0, 1)}
         return cls(units=tuple(data["units"]), **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -111,13 +111,15 @@ def judge(
             own = count / max(float(seen.var(correction=1)), 1e-12)
             precision, mean = precision + own, mean + own * float(seen.mean())
         gains[name], errors[name] = mean / precision, precision**-0.5
-    best = max(gains, key=lambda name: gains[name])
+    finite = {name: value for name, value in gains.items() if math.isfinite(value)}
+    if not finite:
+        return Verdict(PRIOR, {}, {}, count)
+    best = max(finite, key=lambda name: finite[name])
     choice = next(
-        name for name in plans if _within_one_error(losses.get(name), losses.get(best), gains[name], gains[best])
+        name for name in finite if _within_one_error(losses.get(name), losses.get(best), gains[name], gains[best])
     )
     if not gains[choice] > caution * errors[choice]:
         choice = PRIOR
-    finite = {name: value for name, value in gains.items() if math.isfinite(value)}
     return Verdict(choice, finite, {name: errors[name] for name in finite}, count)
 
 
