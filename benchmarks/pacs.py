@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 SYSTEMS = {
     "source": "source classifier, no adaptation",
@@ -30,12 +30,13 @@ SYSTEMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="the folder domain/class/image")
-    parser.add_argument("--weights", help="local weights; default: the hub's")
+    parser.add_argument("--weights", type=Path, help="local weights; default: the hub's")
     parser.add_argument("--out", default=Path("runs/benchmark-pacs"), type=Path)
     parser.add_argument("--domains", nargs="+", default=DOMAINS, choices=DOMAINS)
     parser.add_argument("--episodes", type=int, default=50, help="test episodes per domain and number of shots")
     parser.add_argument("--again", action="store_true", help="test each checkpoint again and compare")
     options = parser.parse_args()
+    options.out = options.out.resolve()
     rows = []
     for domain in options.domains:
         rows += held_out(domain, options)
@@ -50,10 +51,11 @@ def held_out(domain: str, options: argparse.Namespace) -> list[dict]:
     folder = options.out / domain
     kept = folder / "rows.json"
     if not kept.exists():
-        command = ["fit", "--config", str(HERE.parent / "configs" / "pacs.yaml"), "--data.root", str(options.root)]
+        command = ["fit", "--config", str(HERE.parent / "configs" / "pacs.yaml")]
+        command += ["--data.root", str(options.root.resolve())]
         command += ["--data.test_domains", f"[{domain}]", "--data.test_episodes", str(options.episodes)]
         if options.weights:
-            command += ["--model.init_args.backbone.pretrained", options.weights]
+            command += ["--model.init_args.backbone.pretrained", str(options.weights.resolve())]
         begin = time.perf_counter()
         run = launch(command, folder / "fit")
         rows = json.loads((run / "results.json").read_text())
@@ -74,8 +76,7 @@ def held_out(domain: str, options: argparse.Namespace) -> list[dict]:
 
 def launch(command: list[str], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    words = [word if not Path(word).exists() else str(Path(word).resolve()) for word in command]
-    subprocess.run([sys.executable, "-m", "modmeta", *words], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "modmeta", *command], cwd=folder, check=True)
     return latest(folder)
 
 
@@ -112,7 +113,8 @@ def table(rows: list[dict], domains: list[str]) -> str:
             shown = [f"{value:.1f}" for value in found]
             lines.append(f"| {k} | *{name}* | " + " | ".join(shown) + f" | {sum(found) / len(found):.1f} |")
     minutes = [f"{domain} {cells['adapted', domain, 0, 'minutes']['value']:.0f} min" for domain in domains]
-    return "\n".join([*lines, "", "Fit and test of one held-out domain on 2 CPU cores: " + ", ".join(minutes) + ".", ""])
+    lines += ["", "Fit and test of one held-out domain on 2 CPU cores: " + ", ".join(minutes) + ".", ""]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

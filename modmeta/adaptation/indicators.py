@@ -36,6 +36,7 @@ class Situation:
         gradients: per learning unit two gradients ``(2, P)``, from two halves of the support; empty when no
             indicator asks for them.
         units: the units to describe.
+        distances: ``(K,)`` distances to the domains of the bank's visible specialists; None without any.
     """
 
     features: Tensor
@@ -50,6 +51,7 @@ class Situation:
     held_out_loss: Tensor | None
     gradients: Mapping[str, Tensor]
     units: Sequence[Unit]
+    distances: Tensor | None = None
 
 
 @dataclass(frozen=True)

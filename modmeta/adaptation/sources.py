@@ -53,9 +53,16 @@ class SourceView:
         weight, known = _columns(self.plain, self.classes, classes)
         return Anchor(weight, known, self.mean.mean(0)).classifier(self.scale)
 
-    def distances(self, mean: Tensor, count: int) -> Tensor:
-        """Return squared distances ``(K,)`` of a mean of ``count`` features to each domain, sampling noise removed."""
-        return ((mean - self.mean).square() / self.variance).mean(1).sub(1.0 / count).clamp_min(0.0)
+    def distances(self, mean: Tensor, count: int, to: Tensor | None = None) -> Tensor:
+        """Return squared distances ``(K,)`` to domains in units of the variance within, sampling noise removed.
+
+        Args:
+            mean: ``(D,)`` mean feature of a support.
+            count: number of its images.
+            to: ``(K, D)`` mean features of domains; the visible sources' by default.
+        """
+        means = self.mean if to is None else to
+        return ((mean - means).square() / self.variance).mean(1).sub(1.0 / count).clamp_min(0.0)
 
     def posterior(self, mean: Tensor, count: int, label: str | None = None) -> Tensor:
         """Return ``(K + 1,)`` probabilities of the domains; the last is "none of them".

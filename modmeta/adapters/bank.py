@@ -30,6 +30,7 @@ class Bank(nn.Module):
         self.names = [name for names in self._names_of.values() for name in names]
         self.prior = nn.ParameterList([nn.Parameter(self._fresh[name].clone()) for name in self.names])
         self.specialists: dict[str, State] = {}
+        self.means: dict[str, Tensor] = {}
 
     def initial(self) -> State:
         """Return the universal initial state; its learned tensors carry gradients to the bank."""
@@ -58,8 +59,18 @@ class Bank(nn.Module):
             raise unknown("domain of the bank", domain, self.specialists)
         return self.specialists[domain]
 
-    def add(self, domain: str, state: State) -> None:
+    def visible(self, hidden: str | None = None) -> list[str]:
+        """Return the specialists that can be matched to a new domain, all but that of the domain ``hidden``."""
+        return [domain for domain in self.means if domain != hidden]
+
+    def add(self, domain: str, state: State, mean: Tensor | None = None) -> None:
         """Keep ``state`` as the specialist of ``domain``, in place of an earlier one.
+
+        Args:
+            domain: its name.
+            state: its tensors.
+            mean: ``(D,)`` mean unadapted feature of the domain, by which new domains are matched to it; without
+                one the specialist is there to be looked up and blended, but no policy will choose it.
 
         Raises:
             ModmetaError: if the state is of other units or holds a number that is not finite.
@@ -70,15 +81,19 @@ class Bank(nn.Module):
             if not torch.isfinite(state[name]).all():
                 raise ModmetaError(f"bank: the state for domain {domain!r} is not finite in {name!r}")
         self.specialists[domain] = {name: state[name].detach().clone() for name in self.names}
+        self.means.pop(domain, None)
+        if mean is not None:
+            self.means[domain] = mean.detach().clone()
 
     def remove(self, domain: str) -> None:
         """Forget the specialist of ``domain``; nothing else changes."""
         self.specialist(domain)
         del self.specialists[domain]
+        self.means.pop(domain, None)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the specialists, which are as many as there are domains, for ``state_dict``."""
-        return {"specialists": self.specialists}
+        return {"specialists": self.specialists, "means": self.means}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take the specialists from a ``state_dict``."""
@@ -87,3 +102,4 @@ class Bank(nn.Module):
             domain: {name: tensor.clone() for name, tensor in specialist.items()}
             for domain, specialist in state["specialists"].items()
         }
+        self.means = {domain: mean.clone() for domain, mean in state["means"].items()}

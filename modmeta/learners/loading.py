@@ -27,7 +27,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error) or "it ends too early").splitlines()[0][:120]
         raise ModmetaError(f"checkpoint {file} cannot be read ({reason}); give another one") from error
     if not isinstance(checkpoint, dict) or "modmeta" not in checkpoint:
         raise ModmetaError(f"checkpoint {file} was not written by a modmeta learner; give one of a modmeta run")

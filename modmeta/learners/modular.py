@@ -34,6 +34,7 @@ from modmeta.adapters import State, UnitConfig
 from modmeta.data import Episode
 from modmeta.errors import ModmetaError
 from modmeta.learners.base import MetaLearner
+from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig
 
 
@@ -67,6 +68,7 @@ class ModularMetaLearner(MetaLearner):
         veto: whether the veto may keep the prior; without it every plan is carried out.
         veto_folds: folds of its cross-fitting.
         veto_caution: standard errors that a gain must exceed.
+        unlabelled_share: share of the training episodes that come without labels, for units that need none.
         calibration_episodes: training episodes on which the indicators are standardised.
     """
 
@@ -93,6 +95,7 @@ class ModularMetaLearner(MetaLearner):
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
+        unlabelled_share: float = 0.1,
         calibration_episodes: int = 32,
     ) -> None:
         super().__init__(
@@ -111,6 +114,7 @@ class ModularMetaLearner(MetaLearner):
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution
+        self.unlabelled_share = unlabelled_share
         self.calibration_episodes = calibration_episodes
         self.indicators = IndicatorSet(indicators)
         self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps)
@@ -123,15 +127,13 @@ class ModularMetaLearner(MetaLearner):
         """Describe the domain, plan, consult the veto, and carry out what remains."""
         situation = self.situate(support)
         plan = self.plan(situation).detach()
-        verdict = self._judge(plan, support, situation.features)
-        chosen = plan
-        if self.veto:
-            plans = candidates(plan, self._reading())
-            chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
+        plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
+        verdict = self._judge(plans, plan, support, situation.features)
+        chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support)
         features = self._features(support.images, state, chosen, situation.features)
         # The prior is the head as it is; the policy's strength of the ridge is part of its plan.
-        ridge = None if self.veto and verdict.choice == PRIOR else chosen.ridge
+        ridge = None if verdict.choice == PRIOR else chosen.ridge
         classifier = self.fit_head(features, support, ridge=ridge)
         report = {
             "labelled": support.labels is not None,
@@ -155,6 +157,12 @@ class ModularMetaLearner(MetaLearner):
                     gradients = split_half_gradients(
                         self.model, self.bank.initial(), support.images, lambda x: self.inner_loss(x, support)
                     )
+        view = self.sources.view(support.hidden)
+        specialists = self.bank.visible(support.hidden)
+        distances = None
+        if specialists:
+            means = torch.stack([self.bank.means[domain] for domain in specialists])
+            distances = view.distances(features.mean(0), len(features), means) / view.typical
         return Situation(
             features=features,
             labels=support.labels,
@@ -164,7 +172,8 @@ class ModularMetaLearner(MetaLearner):
             norm_mean=mean,
             norm_variance=variance,
             norm_sites=self._norm_sites,
-            sources=self.sources.view(support.hidden),
+            sources=view,
+            distances=distances,
             held_out_loss=held_out,
             gradients=gradients,
             units=self.model.units,
@@ -173,13 +182,7 @@ class ModularMetaLearner(MetaLearner):
     def plan(self, situation: Situation, generator: torch.Generator | None = None) -> Plan:
         """Let the policy decide, within the budget and what the support's labels allow."""
         whole, each = self.indicators(situation)
-        known = [d for d in self.bank.specialists if d in situation.sources.domains]
-        distances = None
-        if known:
-            to_sources = situation.sources.distances(situation.features.mean(0), len(situation.features))
-            rows = [situation.sources.domains.index(domain) for domain in known]
-            distances = to_sources[rows] / situation.sources.typical
-        plan = self.policy(self.model.units, whole, each, distances, generator)
+        plan = self.policy(self.model.units, whole, each, situation.distances, generator)
         plan = plan.within(self.budget, self.model.units)
         if situation.labels is None:
             plan = plan.keeping(self._reading())
@@ -218,10 +221,10 @@ class ModularMetaLearner(MetaLearner):
 
     def _initial(self, plan: Plan, support: Support) -> State:
         initial = self.bank.initial()
-        if self.bank.specialists:
-            domains = [domain for domain in self.bank.specialists if domain != support.hidden]
+        specialists = self.bank.visible(support.hidden)
+        if specialists:
             for row, unit in enumerate(self.model.units):
-                initial |= self.bank.blend(unit, domains, plan.bank[row])
+                initial |= self.bank.blend(unit, specialists, plan.bank[row])
         return initial
 
     def _features(self, images: Tensor, state: State, plan: Plan, prior: Tensor) -> Tensor:
@@ -235,7 +238,9 @@ class ModularMetaLearner(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
-    def _judge(self, plan: Plan, support: Support, features: Tensor) -> Verdict:
+    def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
+        if not self.veto:
+            return Verdict("plan", {}, {}, 0)
         read: dict[int, State] = {}
 
         def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
@@ -254,7 +259,7 @@ class ModularMetaLearner(MetaLearner):
                 return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
 
         return judge(
-            candidates(plan, self._reading()) if self.veto else {},
+            plans,
             support.labels,
             bool(self.sources.view(support.hidden).anchor(support.classes).known.all()) and self.head.anchored,
             predict,
@@ -277,10 +282,11 @@ class ModularMetaLearner(MetaLearner):
 
     def episode_loss(self, episode: Episode) -> Tensor:
         """Return query loss after the plan, plus the prices of harm, of cost, and of a wrong prediction of gain."""
-        support = Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain)
+        # All noise is a function of the episode, so every rank and resumed run draws the same.
+        generator = torch.Generator().manual_seed(episode.index)
+        support = self._training_support(episode, generator)
         situation = self.situate(support)
-        # The noise of the gates is a function of the episode, so every rank and resumed run draws the same.
-        plan = self.plan(situation, torch.Generator().manual_seed(episode.index))
+        plan = self.plan(situation, generator)
         state, _ = self.carry_out(plan, support)
         features = self._features(support.images, state, plan, situation.features)
         adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
@@ -295,6 +301,13 @@ class ModularMetaLearner(MetaLearner):
         prediction = F.gaussian_nll_loss(plan.gain, gain.to(plan.gain), plan.gain_log_variance.exp(), eps=1e-4)
         # `before` teaches the head's own scalars on episodes whose plan leaves the units closed, too.
         return after + 0.5 * before + self.harm_weight * harm + self.cost_weight * self._cost(plan) + prediction
+
+    def _training_support(self, episode: Episode, generator: torch.Generator) -> Support:
+        """Return the episode's support, now and then without its labels where the sources know all classes."""
+        support = episode_support(episode, hide=True)
+        without = float(torch.rand((), generator=generator)) < self.unlabelled_share
+        known = self.sources.view(support.hidden).anchor(support.classes).known
+        return replace(support, labels=None) if without and bool(known.all()) else support
 
     def _cost(self, plan: Plan) -> Tensor:
         """Return the expected share of the backbone's depth that gradients pass.
@@ -316,6 +329,6 @@ class ModularMetaLearner(MetaLearner):
         rows = []
         for index in range(self.calibration_episodes):
             episode = datamodule.episode("train", index).to(self.device)
-            support = Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain)
+            support = self._training_support(episode, torch.Generator().manual_seed(index))
             rows.append(self.indicators.raw(self.situate(support)))
         self.indicators.fit(rows)

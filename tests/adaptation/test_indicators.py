@@ -51,6 +51,7 @@ def situation_on(model: AdaptedBackbone, domains: int = 3, counts: tuple[int, ..
         norm_variance=variance,
         norm_sites=norm_sites(backbone),
         sources=sources.view(None),
+        distances=None,
         held_out_loss=torch.tensor(0.7),
         gradients=gradients,
         units=model.units,

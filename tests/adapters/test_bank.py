@@ -74,6 +74,26 @@ def test_removing_one_leaves_the_others_alone(model: AdaptedBackbone, bank: Bank
         bank.specialist("sketsch")
 
 
+def test_specialists_are_matched_where_their_domains_mean_is_known(
+    model: AdaptedBackbone, bank: Bank, move: Move
+) -> None:
+    assert bank.visible() == []  # added without: there to be looked up and no more
+    mean = torch.rand(model.backbone.feature_dim)
+    for domain in ("photo", "new"):
+        bank.add(domain, move(model), mean)
+    assert sorted(bank.visible()) == ["new", "photo"]
+    assert bank.visible("photo") == ["new"]
+    assert bank.visible("unheard of") == bank.visible()
+    other = Bank(model)
+    other.load_state_dict(bank.state_dict())
+    assert other.visible() == bank.visible()
+    assert torch.equal(other.means["new"], mean)
+    bank.remove("new")
+    bank.add("photo", move(model))
+    assert bank.visible() == []
+    assert sorted(other.visible()) == ["new", "photo"]
+
+
 def test_what_is_added_is_a_copy(model: AdaptedBackbone, move: Move) -> None:
     bank, state = Bank(model), move(model)
     bank.add("art", state)

@@ -231,7 +231,7 @@ def test_checkpoints_for_something_else_are_refused(fitted: Fitted, tmp_path: Pa
 
     with pytest.raises(ModmetaError, match="for another backbone: it has test_efficientnet, this model test_resnet"):
         test_with(backbone=BackboneConfig("test_resnet", False, 32))
-    with pytest.raises(ModmetaError, match="for another units"):
+    with pytest.raises(ModmetaError, match="for another set of units"):
         test_with(units=tiny.UNITS[:2])
 
 
@@ -306,23 +306,49 @@ def test_unlabelled_images_move_only_what_needs_no_labels(fitted: Fitted) -> Non
 def test_a_hidden_domain_is_hidden_from_everything(fitted: Fitted) -> None:
     learner, data = copy.deepcopy(fitted.learner).eval(), tiny.digits()
     data.setup()
+    open_wide(learner)
     episode = data.episode("train", 0)
     hidden = Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain)
-    learner.bank.add(episode.domain, {n: t + 1 for n, t in learner.model.fresh().items()})
-    learner.bank.add("elsewhere", learner.model.fresh())
+    shown = Support(episode.support, episode.support_labels, episode.classes)
+    mean = learner.model.backbone(episode.support).mean(0)
+
+    def keep(domain: str, by: float) -> None:
+        learner.bank.add(domain, {name: tensor + by for name, tensor in learner.model.fresh().items()}, mean)
+
     with torch.no_grad():
-        assert episode.domain not in learner.situate(hidden).sources.domains
-        before = learner.adapt(hidden)
+        keep(episode.domain, 1.0)
+        keep("elsewhere", 0.1)
+        before, seen = learner.adapt(hidden), learner.adapt(shown)
         # Whatever is known of the domain may change without changing anything.
-        learner.bank.add(episode.domain, {n: t - 3 for n, t in learner.model.fresh().items()})
+        keep(episode.domain, -3.0)
         k = learner.sources.domains.index(episode.domain)
         learner.sources.mean[k] += 5
         learner.sources.norm_mean[k] += 5
         learner.sources.variance[k] *= 3
-        after = learner.adapt(hidden)
+        after, seen_after = learner.adapt(hidden), learner.adapt(shown)
+    assert before.plan.bank.shape[1] == 2
+    assert seen.plan.bank.shape[1] == 3
     assert same(before.state, after.state)
     assert before.plan.to_dict() == after.plan.to_dict()
     assert torch.equal(before.classifier.weight, after.classifier.weight)
+    assert not same(seen.state, seen_after.state)  # shown, it counts
+
+
+def test_a_new_domains_specialist_is_matched_on_its_statistics(fitted: Fitted) -> None:
+    learner, data = copy.deepcopy(fitted.learner).eval(), tiny.digits()
+    data.setup()
+    open_wide(learner)
+    (near, query), (far, _), *_ = supports(data)
+    with torch.no_grad():
+        learner.policy.per_unit.bias[3:] = torch.tensor([-20.0, 5.0])  # all to the specialists, the nearest first
+        fresh = learner.model.fresh()
+        for domain, support, by in (("near", near, 0.2), ("far", far, -0.2)):
+            mean = learner.model.backbone(support.images).mean(0)
+            learner.bank.add(domain, {name: tensor + by for name, tensor in fresh.items()}, mean)
+        adapted = learner.adapt(near)
+        weights = adapted.plan.bank
+        assert bool((weights[:, 1] > weights[:, 2]).all())
+        assert torch.equal(learner.logits(learner.adapt(near), query), learner.logits(adapted, query))
 
 
 def test_training_episodes_repeat_their_gates_noise(fitted: Fitted) -> None:

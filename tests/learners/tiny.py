@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from modmeta.adapters import UnitConfig
@@ -35,12 +36,14 @@ def modular(cls: type[ModularMetaLearner] = ModularMetaLearner, **changes: Any) 
     options: dict[str, Any] = {
         "backbone": BACKBONE, "units": UNITS, "source_images": 5, "calibration_episodes": 2, "steps": 2,
     }  # fmt: skip
+    torch.manual_seed(0)
     return cls(**(options | changes))
 
 
 def head_only(cls: type[MetaLearner] = MetaLearner, **changes: Any) -> MetaLearner:
     """Return a learner that adapts the head alone."""
     options: dict[str, Any] = {"backbone": BACKBONE, "source_images": 5}
+    torch.manual_seed(0)
     return cls(**(options | changes))
 
 
@@ -56,6 +59,7 @@ def trainer(folder: Path, epochs: int, **changes: Any) -> Trainer:
         "enable_model_summary": False, "enable_checkpointing": False, "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
     }  # fmt: skip
+    torch.manual_seed(0)
     return Trainer(default_root_dir=folder, max_epochs=epochs, **(options | changes))
 
 
