@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from modmeta import __version__
 from modmeta.errors import ModmetaError
 from modmeta.learners.parts import LearnerParts
 
@@ -14,6 +15,7 @@ def describe(learner: LearnerParts) -> dict[str, Any]:
     """Return what a checkpoint of ``learner`` must be checked against, as plain data."""
     backbone = learner.model.backbone
     return {
+        "version": __version__,
         "learner": f"{type(learner).__module__}.{type(learner).__qualname__}",
         "backbone": backbone.name,
         "preprocessing": backbone.preprocessing,

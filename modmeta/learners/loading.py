@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 import torch
 from jsonargparse import ArgumentParser
 
+from modmeta import __version__
 from modmeta.errors import ModmetaError
 from modmeta.learners.base import MetaLearner
 
@@ -55,8 +56,15 @@ def load_learner(path: str | Path) -> MetaLearner:
     built = parser.instantiate_classes(parser.parse_object(arguments))
     learner = known[name](**vars(built))
     learner.from_checkpoint = True
-    learner.on_load_checkpoint(checkpoint)
-    learner.load_state_dict(checkpoint["state_dict"])
+    try:
+        learner.on_load_checkpoint(checkpoint)
+        learner.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        version = checkpoint["modmeta"].get("version", "before 0.1")
+        reason = " ".join(str(error).split())[:200]
+        raise ModmetaError(
+            f"checkpoint {path} of version {version} does not fit this one, {__version__} ({reason}); fit again"
+        ) from error
     return learner.eval()
 
 

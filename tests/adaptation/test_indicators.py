@@ -77,9 +77,7 @@ def test_task(s: Situation) -> None:
 
 
 def test_feature_shift(s: Situation) -> None:
-    gaps = [
-        float((((s.features.mean(0) - mean) ** 2) / s.sources.variance).mean()) - 1 / 6 for mean in s.sources.mean
-    ]
+    gaps = [float((((s.features.mean(0) - mean) ** 2) / s.sources.variance).mean()) - 1 / 6 for mean in s.sources.mean]
     gaps = [max(gap, 0.0) for gap in gaps]
     spread = float(((s.features - s.features.mean(0)) ** 2).mean(0).sum() / s.sources.variance.sum())
     expected = [math.log(value + 1e-3) for value in (min(gaps), sum(gaps) / 3, spread)]

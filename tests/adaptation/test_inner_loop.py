@@ -226,9 +226,7 @@ def test_first_order_hypergradients_are_products_with_the_steps(
         torch.testing.assert_close(found, tensor, msg=name)
 
 
-def test_first_order_gates_get_gradients_from_what_comes_after(
-    make: Make, plan_for: PlanFor, images: Tensor
-) -> None:
+def test_first_order_gates_get_gradients_from_what_comes_after(make: Make, plan_for: PlanFor, images: Tensor) -> None:
     model = make("test_efficientnet", *UNITS)
     gates = torch.full((len(model.units),), 0.7, requires_grad=True)
     plan = plan_for(model, gates=gates)

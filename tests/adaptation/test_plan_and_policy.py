@@ -31,9 +31,7 @@ def units_of(count: int, seed: int = 0) -> list[Unit]:
         site = Site(f"n{number}", "norm", number, number / max(count, 1), 0, 0, {"weight": (2,)}, 2, 1, 1, 0)
         learns = draw() < 0.7
         module = MODULES.get("film" if learns else "norm_blend")
-        found.append(
-            Unit(f"u{number}", module, (site,), {}, Cost(4), learns, not learns, draw(), 0.01 + 0.1 * draw())
-        )
+        found.append(Unit(f"u{number}", module, (site,), {}, Cost(4), learns, not learns, draw(), 0.01 + 0.1 * draw()))
     return found
 
 

@@ -163,9 +163,7 @@ def view_of(mean: Tensor) -> SourceView:
     weights = torch.zeros(width, 1)
     gaps = (mean[:, None] - mean[None]).square().mean(-1)
     typical = gaps.sum() / (count * (count - 1))
-    return SourceView(
-        names, ("c",), mean, torch.ones(width), typical, zeros, zeros, weights, weights, torch.ones(())
-    )
+    return SourceView(names, ("c",), mean, torch.ones(width), typical, zeros, zeros, weights, weights, torch.ones(()))
 
 
 def test_the_posterior_is_a_distribution_that_names_the_nearest_domain() -> None:

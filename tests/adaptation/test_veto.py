@@ -120,7 +120,8 @@ def test_gains_are_the_precision_weighted_mean_of_forecast_and_measurement() -> 
     splits = stratified_folds(labels, 2)
     held = torch.cat([fold for _, fold in splits])
     losses = [
-        tempered_losses(torch.cat([predict(p, *split) for split in splits]), labels[held]) for p in (None, plans["plan"])
+        tempered_losses(torch.cat([predict(p, *split) for split in splits]), labels[held])
+        for p in (None, plans["plan"])
     ]
     difference = losses[0] - losses[1]
     measured, error2 = float(difference.mean()), float(difference.var()) / len(held)

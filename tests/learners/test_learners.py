@@ -35,7 +35,9 @@ def supports(data: DomainDataModule, count: int = 3) -> list[tuple[Support, Tens
     found: dict[str, tuple[Support, Tensor]] = {}
     for index in range(100):
         episode = data.episode("train", index)
-        found.setdefault(episode.domain, (Support(episode.support, episode.support_labels, episode.classes), episode.query))
+        found.setdefault(
+            episode.domain, (Support(episode.support, episode.support_labels, episode.classes), episode.query)
+        )
     return list(found.values())[:count]
 
 
@@ -89,7 +91,9 @@ def test_a_plan_without_open_gates_changes_no_logit(name: str) -> None:
     with torch.no_grad():
         features = learner.model.backbone(support.images)
         expected = learner.fit_head(features, support)(learner.model.backbone(query))
-        idle = Adapted(learner.bank.initial(), learner.idle_plan(), learner.fit_head(features, support), support.classes)
+        idle = Adapted(
+            learner.bank.initial(), learner.idle_plan(), learner.fit_head(features, support), support.classes
+        )
         assert torch.equal(learner.logits(idle, query), expected)
         # Fresh modules with open gates, through the units' own path.
         gates = {unit.name: 1.0 for unit in learner.model.units}
@@ -103,7 +107,9 @@ def test_a_plan_without_open_gates_changes_no_logit(name: str) -> None:
 def test_both_phases_train_and_are_measured(fitted: Fitted) -> None:
     fresh = tiny.modular(source=tiny.source(), baselines=["prototype"])
     assert fitted.learner.model.backbone.fingerprint() != fresh.model.backbone.fingerprint()  # source training
-    moved = {n.partition(".")[0] for n, p in fresh.named_parameters() if not torch.equal(p, fitted.learner.get_parameter(n))}
+    moved = {
+        n.partition(".")[0] for n, p in fresh.named_parameters() if not torch.equal(p, fitted.learner.get_parameter(n))
+    }
     assert {"policy", "bank", "head", "model"} <= moved
     assert "baselines" not in moved
     assert {"source/accuracy", "train/loss", "val/gain"} <= fitted.logged.keys()
@@ -227,7 +233,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(tmp_path: Pa
 def test_checkpoints_for_something_else_are_refused(fitted: Fitted, tmp_path: Path) -> None:
     def test_with(**changes: Any) -> None:
         learner = tiny.modular(**({"source": tiny.source(), "baselines": ["prototype"]} | changes))
-        tiny.trainer(tmp_path, 1).test(learner, datamodule=tiny.digits(), ckpt_path=str(fitted.checkpoint), verbose=False)
+        tiny.trainer(tmp_path, 1).test(
+            learner, datamodule=tiny.digits(), ckpt_path=str(fitted.checkpoint), verbose=False
+        )
 
     with pytest.raises(ModmetaError, match="for another backbone: it has test_efficientnet, this model test_resnet"):
         test_with(backbone=BackboneConfig("test_resnet", False, 32))
