@@ -46,9 +46,10 @@ def imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
             assert node.module is not None
-            yield node.module
-            # `from modmeta import backbone` names a part only here.
-            yield from (f"modmeta.{a.name}" for a in node.names if node.module == "modmeta" and a.name in ALLOWED)
+            if node.module == "modmeta":  # public names lead everywhere; the version and the parts are what they say
+                yield from (f"modmeta.{alias.name}" for alias in node.names if alias.name != "__version__")
+            else:
+                yield node.module
 
 
 def at_import_time(tree: ast.Module) -> Iterator[str]:

@@ -226,6 +226,24 @@ def test_first_order_hypergradients_are_products_with_the_steps(
         torch.testing.assert_close(found, tensor, msg=name)
 
 
+def test_a_rate_beyond_the_trust_region_is_still_taught_its_direction(
+    make: Make, plan_for: PlanFor, images: Tensor
+) -> None:
+    # Differentiated through, the bound would hide from a rate that is too large that it is.
+    model = make("test_efficientnet", UnitConfig("projection"))
+    rates = torch.full((1, 1), 10.0, requires_grad=True)
+    initial = model.fresh()
+    plan = plan_for(model, rates=rates)
+    state, _ = inner_loop(model, initial, plan, images, target(model), trust=0.02)
+    after = outcome(model, state, plan.detach(), images)
+    names = model.learned_names(model.units[0])
+    (to_rate,) = torch.autograd.grad(after, rates, retain_graph=True)
+    to_state = torch.autograd.grad(after, [state[n] for n in names])
+    expected = sum(float((g * (state[n] - initial[n])).sum()) for g, n in zip(to_state, names, strict=True)) / 10
+    assert expected != 0.0
+    assert float(to_rate) == pytest.approx(expected, rel=1e-3)
+
+
 def test_first_order_gates_get_gradients_from_what_comes_after(make: Make, plan_for: PlanFor, images: Tensor) -> None:
     model = make("test_efficientnet", *UNITS)
     gates = torch.full((len(model.units),), 0.7, requires_grad=True)

@@ -115,6 +115,8 @@ def test_a_state_dict_brings_everything_back(model: AdaptedBackbone, bank: Bank)
     for domain, state in bank.specialists.items():
         assert all(torch.equal(tensor, other.specialist(domain)[name]) for name, tensor in state.items())
     # A bank of its own from then on.
+    other.specialist("photo")[other.names[0]].add_(1.0)
+    assert not torch.equal(other.specialist("photo")[other.names[0]], bank.specialist("photo")[bank.names[0]])
     other.remove("art")
     assert "art" in bank.specialists
 
