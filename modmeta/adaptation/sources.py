@@ -133,8 +133,10 @@ class SourceStatistics(nn.Module):
     def view(self, without: str | None = None) -> SourceView:
         """Return the sources as an episode of the domain ``without`` may see them."""
         keep = [k for k, domain in enumerate(self.domains) if domain != without]
-        if not keep:  # a single source: hiding it would leave nothing to start from
-            keep = list(range(len(self.domains)))
+        classes = self.classes
+        if not keep:
+            # A single source: its statistics must stay, as a yardstick, but nobody may know its classes.
+            keep, classes = list(range(len(self.domains))), ()
         # The classifiers are kept for "all domains" at 0 and "all but k" at k + 1.
         row = 0 if len(keep) == len(self.domains) else 1 + self.domains.index(str(without))
         mean, variance = self.mean[keep], self.variance[keep].mean(0).clamp_min(1e-8)
@@ -143,7 +145,7 @@ class SourceStatistics(nn.Module):
         typical = gaps.sum() / pairs if pairs else gaps.new_ones(())
         return SourceView(
             domains=tuple(self.domains[k] for k in keep),
-            classes=self.classes,
+            classes=classes,
             mean=mean,
             variance=variance,
             typical=typical.clamp_min(1e-6),

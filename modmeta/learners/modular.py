@@ -15,6 +15,7 @@ from modmeta.adaptation import (
     PRIOR,
     UPDATE_RULES,
     Adapted,
+    DivergedError,
     IndicatorSet,
     Plan,
     Policy,
@@ -253,7 +254,10 @@ class ModularMetaLearner(MetaLearner):
                 if key not in read:
                     # All candidates read the same statistics of a fold.
                     read[key] = read_statistics(self.model, self._initial(plan, part), plan, part.images)
-                state, _ = self.carry_out(candidate, part, read[key])
+                try:
+                    state, _ = self.carry_out(candidate, part, read[key])
+                except DivergedError:
+                    return features.new_full((len(fold), support.ways), torch.nan)  # never chosen
                 both = torch.cat([rest, fold])
                 x = self._features(support.images[both], state, candidate, features[both])
                 return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
