@@ -15,7 +15,19 @@ from modmeta.backbone import Site
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("film", {}), ("lora", {"rank": 2}), ("norm_blend", {}), ("projection", {}), ("projection", {"rank": None})],
+    [
+        ("bias", {}),
+        ("film", {}),
+        ("full", {}),
+        ("ia3", {}),
+        ("lora", {"rank": 2}),
+        ("norm_blend", {}),
+        ("projection", {}),
+        ("projection", {"rank": None}),
+        ("residual", {}),
+        ("scale", {}),
+        ("scale", {"per_tap": True}),
+    ],
 )
 def test_what_ships_conforms(name: str, options: dict[str, Any]) -> None:
     check_module(MODULES.get(name), backbones=("test_efficientnet", "test_vit"), **options)

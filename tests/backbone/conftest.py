@@ -77,8 +77,7 @@ def change() -> Callable[..., dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         tensors = backbone.tensors()
         return {
-            f"{site.name}.{local}": tensors[f"{site.name}.{local}"]
-            + 0.1 * torch.rand(shape, generator=generator)
+            f"{site.name}.{local}": tensors[f"{site.name}.{local}"] + 0.1 * torch.rand(shape, generator=generator)
             for site in backbone.sites
             if site.kind in kinds
             for local, shape in site.shapes.items()

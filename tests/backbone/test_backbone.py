@@ -79,9 +79,7 @@ def test_vmap_behind_a_cut_equals_a_loop(backbone, images, change):
     overlays = [change(backbone, kinds=("norm",), seed=seed) for seed in range(2)]
     stacked = {name: torch.stack([overlay[name] for overlay in overlays]) for name in overlays[0]}
     hidden = torch.stack([backbone.run(x, stop=cut.name) for x in (images, images.flip(0))])
-    expected = torch.stack(
-        [backbone.run(h, o, start=cut.name) for h, o in zip(hidden, overlays, strict=True)]
-    )
+    expected = torch.stack([backbone.run(h, o, start=cut.name) for h, o in zip(hidden, overlays, strict=True)])
     got = vmap(lambda h, o: backbone.run(h, o, start=cut.name))(hidden, stacked)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

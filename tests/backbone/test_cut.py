@@ -41,9 +41,7 @@ def test_overlay_behind_a_cut_equals_the_overlay_in_a_full_run(backbone, images,
         part = backbone.run(backbone.run(images, stop=cut.name), overlay, start=cut.name)
         assert torch.equal(full, part)
         some = list(overlay)[:3]
-        gradients = [
-            torch.autograd.grad(y.square().sum(), [overlay[name] for name in some]) for y in (full, part)
-        ]
+        gradients = [torch.autograd.grad(y.square().sum(), [overlay[name] for name in some]) for y in (full, part)]
         for one, other in zip(*gradients, strict=True):
             assert torch.equal(one, other)
 

@@ -48,9 +48,7 @@ def test_observers_replace_tensors_for_one_call(get, images):
     assert torch.equal(got, backbone(images, overlay))
     assert not torch.equal(got, backbone(images))
     # A local replacement goes before the overlay, and ends with the call.
-    local = backbone.run(
-        images, {f"{site.name}.running_mean": torch.zeros(32)}, observers={site.name: observer}
-    )
+    local = backbone.run(images, {f"{site.name}.running_mean": torch.zeros(32)}, observers={site.name: observer})
     assert torch.equal(local, got)
     assert torch.equal(backbone.run(images, observers={site.name: lambda x: None}), backbone(images))
 
@@ -70,9 +68,7 @@ def test_gradients_flow_through_slots_and_observers(get, images):
 def test_only_what_lies_between_the_cuts_acts(backbone, images):
     first, second = backbone.cuts[1], backbone.cuts[3]
     called = []
-    observers = {
-        site.name: (lambda x, name=site.name: called.append(name)) for site in backbone.sites if site.called
-    }
+    observers = {site.name: (lambda x, name=site.name: called.append(name)) for site in backbone.sites if site.called}
     hidden = backbone.run(images, stop=first.name, observers=observers)
     before, called[:] = list(called), []
     backbone.run(hidden, start=first.name, stop=second.name, observers=observers)
@@ -112,17 +108,13 @@ def test_errors_leave_nothing_behind(get, images):
 
 
 def test_caches_of_the_model_do_not_outlive_a_run():
-    backbone = Backbone(
-        "levit_128s", False, 64
-    )  # keeps its attention biases from the first pass in eval mode
+    backbone = Backbone("levit_128s", False, 64)  # keeps its attention biases from the first pass in eval mode
     images = torch.rand(2, 3, 64, 64)
     plain = backbone(images)
     name = "stages.0.blocks.0.attn.attention_biases"
     biases = torch.randn(backbone.tensors()[name].shape, requires_grad=True)
     overlay = {
-        f"{site.name}.weight": torch.ones(site.shapes["weight"])
-        for site in backbone.sites
-        if site.kind == "norm"
+        f"{site.name}.weight": torch.ones(site.shapes["weight"]) for site in backbone.sites if site.kind == "norm"
     }
     changed = backbone(images, {**overlay, name: biases})
     assert not torch.equal(changed, backbone(images, overlay))

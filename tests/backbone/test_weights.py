@@ -53,9 +53,7 @@ def test_positions_are_resized_to_the_image_size(tmp_path):
 def test_a_file_of_another_architecture_is_refused(tmp_path):
     path = tmp_path / "resnet.safetensors"
     save_file(timm.create_model("test_resnet").state_dict(), path)
-    with pytest.raises(
-        ModmetaError, match=r"does not fit backbone 'test_vit'.*\d+ missing \(first: .*unexpected"
-    ):
+    with pytest.raises(ModmetaError, match=r"does not fit backbone 'test_vit'.*\d+ missing \(first: .*unexpected"):
         Backbone("test_vit", str(path))
     tensors = timm.create_model("test_resnet").state_dict()
     del tensors["layer1.0.conv1.weight"]

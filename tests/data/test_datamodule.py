@@ -47,9 +47,7 @@ def test_without_held_out_families_validation_is_plain() -> None:
 
 
 def test_new_classes_never_occur_in_training() -> None:
-    made = module(
-        val_classes=["7", "6"], test_classes=["8", "9"], test_domains=["ink"], source_share=0.4, queries=3
-    )
+    made = module(val_classes=["7", "6"], test_classes=["8", "9"], test_domains=["ink"], source_share=0.4, queries=3)
     assert made.classes == tuple("012345")
     assert made.episode("val", 0).classes == ("6", "7")
     assert made.episode("test", 0).classes == ("8", "9")

@@ -35,10 +35,7 @@ def test_styles_keep_the_digit_readable(digits: DigitsDomains) -> None:
         # The brightest channel: the neon tubes vary in colour, which is no part of their shape.
         seen = [[digits.load(rows).amax(1).float().flatten(1) for rows in half] for half in halves]
         means = torch.stack([images.mean(0) for images in seen[0]])
-        right = [
-            (torch.cdist(images, means).argmin(1) == label).float().mean()
-            for label, images in enumerate(seen[1])
-        ]
+        right = [(torch.cdist(images, means).argmin(1) == label).float().mean() for label, images in enumerate(seen[1])]
         assert torch.stack(right).mean() > 0.75, domain
 
 
@@ -46,9 +43,7 @@ def test_styles_differ(digits: DigitsDomains) -> None:
     def looks(domain: str) -> torch.Tensor:
         rows = [row for name in digits.classes for row in digits.ids(domain, name)]
         images = digits.load(rows).float() / 255
-        return torch.cat(
-            [images.mean((0, 2, 3)), images.std((2, 3)).mean(0), images.diff(dim=3).abs().mean((0, 2, 3))]
-        )
+        return torch.cat([images.mean((0, 2, 3)), images.std((2, 3)).mean(0), images.diff(dim=3).abs().mean((0, 2, 3))])
 
     looks_of = torch.stack([looks(domain) for domain in digits.domains])
     distances = torch.cdist(looks_of, looks_of) + torch.eye(len(looks_of))

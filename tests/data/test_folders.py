@@ -115,9 +115,7 @@ def test_text_named_jpg_is_named_when_loaded(make_folder: Make) -> None:
         store.load(store.ids("art", "cat"))
 
 
-def test_decoded_images_are_reused(
-    make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoded_images_are_reused(make_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder()
     first = DomainFolder(root, 8, tmp_path / "cache").load(range(12))
     monkeypatch.setattr(decode, "decode_image", None)  # nothing may be decoded again
@@ -140,9 +138,7 @@ def test_key_knows_the_image_size(make_folder: Make) -> None:
     assert DomainFolder(root, 8).key == DomainFolder(root, 8).key
 
 
-def test_too_many_images_for_memory_are_decoded_each_time(
-    make_folder: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_images_for_memory_are_decoded_each_time(make_folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modmeta.data.folders.MEMORY_LIMIT", 100)
     root = make_folder()
     with pytest.warns(UserWarning, match="give a cache_dir"):

@@ -62,9 +62,7 @@ def test_ranks_together_see_the_whole_source_batch() -> None:
     for world in (2, 3):
         shares = [module._source.batch(3, rank, world) for rank in range(world)]
         for name in ("images", "labels", "domains"):
-            assert torch.equal(
-                torch.stack([getattr(s, name) for s in shares], 1).flatten(0, 1), getattr(whole, name)
-            )
+            assert torch.equal(torch.stack([getattr(s, name) for s in shares], 1).flatten(0, 1), getattr(whole, name))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -75,9 +73,7 @@ def test_workers_change_nothing(workers: int) -> None:
     class Trainer:
         lightning_module = Learner()
 
-    module = DomainDataModule(
-        num_workers=workers, steps_per_epoch=3, episodes_per_step=2, batch_size=8, queries=2
-    )
+    module = DomainDataModule(num_workers=workers, steps_per_epoch=3, episodes_per_step=2, batch_size=8, queries=2)
     module.trainer = Trainer()  # type: ignore[assignment]
     module.setup()
     loader = module.train_dataloader()

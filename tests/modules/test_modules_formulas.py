@@ -176,3 +176,73 @@ def test_norm_blend_of_a_channel_that_is_silent_keeps_the_next_image_within_boun
     assert bool(torch.isfinite(features).all())
     variances = [t for name, t in model.overlay(observed, gates).items() if name.endswith("running_var")]
     assert all(float(variance.min()) > 4e-4 for variance in variances)
+
+
+def test_residual_is_a_parallel_1x1_convolution(images: Tensor) -> None:
+    model, state = build("test_resnet", "residual")
+    (unit,) = model.units
+    plain = copy.deepcopy(model.backbone.model)
+    for site in unit.sites:
+        conv = plain.get_submodule(site.name)
+        beside = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False)
+        size = float(conv.weight.detach().pow(2).mean().sqrt()) * conv.kernel_size[0]
+        beside.weight.data = size * state[f"{unit.name}|{site.name}|matrix"][..., None, None]
+        conv.register_forward_hook(lambda _, args, out, beside=beside: out + beside(args[0]))
+    with torch.no_grad():
+        expected = plain(model.backbone.prepare(images))
+        found = model(images, state, {unit.name: 1.0})
+        assert float((found - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max()))
+        assert float((expected - model.backbone(images)).abs().max()) > 1e-2 * float(expected.abs().max())
+
+
+def test_ia3_scales_keys_values_and_hidden_units(images: Tensor) -> None:
+    model, state = build("test_vit", "ia3")
+    (unit,) = model.units
+    assert {site.name.rpartition(".")[2] for site in unit.sites} == {"qkv", "fc2"}
+    plain = copy.deepcopy(model.backbone.model)
+    for site in unit.sites:
+        factor = state[f"{unit.name}|{site.name}|log_factor"].exp()
+        layer = plain.get_submodule(site.name)
+        if site.name.endswith("qkv"):
+            whole = torch.cat([torch.ones(len(factor) // 2), factor])  # queries are left alone
+            layer.register_forward_hook(lambda _, args, out, whole=whole: out * whole)
+        else:
+            layer.register_forward_pre_hook(lambda _, args, factor=factor: (args[0] * factor,))
+    with torch.no_grad():
+        expected = plain(model.backbone.prepare(images))
+        found = model(images, state, {unit.name: 1.0})
+        assert float((found - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max()))
+        assert float((expected - model.backbone(images)).abs().max()) > 1e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("per_tap", [False, True])
+def test_scale_multiplies_depthwise_kernels(per_tap: bool, images: Tensor) -> None:
+    model, state = build("test_efficientnet", "scale", per_tap=per_tap)
+    (unit,) = model.units
+    plain = copy.deepcopy(model.backbone.model)
+    for site in unit.sites:
+        plain.get_submodule(site.name).weight.data *= state[f"{unit.name}|{site.name}|log_factor"].exp()
+    with torch.no_grad():
+        expected = plain(model.backbone.prepare(images))
+        torch.testing.assert_close(model(images, state, {unit.name: 1.0}), expected, rtol=1e-4, atol=1e-4)
+    weights = sum(plain.get_submodule(site.name).weight.numel() for site in unit.sites)
+    assert unit.cost.parameters == (weights if per_tap else sum(site.channels for site in unit.sites))
+
+
+def test_full_reaches_every_weight_and_bias_of_its_layers() -> None:
+    model, state = build("test_vit", "full")
+    (unit,) = model.units
+    changed = model.overlay(state, {unit.name: 1.0})
+    layers = {name for name, _ in model.backbone.model.named_parameters() if name.endswith((".weight", ".bias"))}
+    assert set(changed) == layers
+    tensors = model.backbone.tensors()
+    assert all(not torch.equal(changed[name], tensors[name]) for name in layers)
+    assert unit.cost.parameters == sum(tensors[name].numel() for name in layers)
+
+
+def test_bias_shifts_biases_only() -> None:
+    model, state = build("test_efficientnet", "bias")
+    (unit,) = model.units
+    changed = model.overlay(state, {unit.name: 1.0})
+    assert set(changed) == {f"{site.name}.bias" for site in unit.sites}
+    assert unit.cost.parameters == sum(tensor.numel() for tensor in changed.values())
