@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -166,8 +165,8 @@ class AdaptedBackbone(nn.Module):
 def bind(module: M, tensors: Mapping[str, Tensor]) -> M:
     """Return a view of ``module`` that reads ``tensors`` as its own parameters and buffers.
 
-    It does what ``torch.func.functional_call`` does, for any method, at a hundredth of its cost, which counts where
-    a step calls dozens of tiny modules; and it changes nothing that another thread could see.
+    It does what ``torch.func.functional_call`` does, for any method and at a small part of its cost, which counts
+    where a step calls dozens of tiny modules; and it changes nothing that another thread could see.
 
     Args:
         module: the module, left as it is.
@@ -213,8 +212,7 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _open(gate: Tensor | float) -> bool:
-    value = float(gate.detach()) if isinstance(gate, Tensor) else gate
-    return math.isfinite(value) and value > 0.0
+    return (float(gate.detach()) if isinstance(gate, Tensor) else gate) > 0.0
 
 
 def _local(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -184,6 +184,8 @@ class ModularMetaLearner(MetaLearner):
         """Let the policy decide, within the budget and what the support's labels allow."""
         whole, each = self.indicators(situation)
         plan = self.policy(self.model.units, whole, each, situation.distances, generator)
+        if not torch.isfinite(torch.cat([plan.gates, plan.rates.flatten()])).all():
+            raise DivergedError("the policy's plan is not finite")
         plan = plan.within(self.budget, self.model.units)
         if situation.labels is None:
             plan = plan.keeping(self._reading())
