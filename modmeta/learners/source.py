@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -16,6 +18,7 @@ from modmeta.adaptation import DivergedError
 from modmeta.backbone import Backbone
 from modmeta.data import SourceBatch
 from modmeta.errors import ModmetaError
+from modmeta.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class SourceLearner(LightningModule):
     """Trains or fine-tunes the shared backbone on all source domains at once.
 
     Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021: well-tuned empirical risk
-    minimisation is the bar for learning across domains.
+    minimisation is the bar for learning across domains. At the end of a fit the run folder holds
+    ``backbone.safetensors``, timm's own tensor names, to go on from.
 
     Args:
         backbone: the timm model to train.
@@ -123,6 +127,15 @@ class SourceLearner(LightningModule):
         assert self.phase is not None
         self.log("source/accuracy", self.phase.accuracy.compute(), prog_bar=True)
         self.phase.accuracy.reset()
+
+    def on_fit_end(self) -> None:
+        """Write the backbone as ``backbone.safetensors`` into the run folder, for a ``pretrained`` key to name."""
+        folder = self.trainer.log_dir
+        if folder is None or not self.trainer.is_global_zero:
+            return
+        tensors = {name: tensor.contiguous() for name, tensor in self.backbone.model.state_dict().items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(folder, "backbone.safetensors"), save(tensors))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the backbone and the classifier."""
