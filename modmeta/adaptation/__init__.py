@@ -1,7 +1,7 @@
 """From a support set to an adapted model: heads, indicators, policy, inner loop, veto."""
 
 from modmeta.adaptation.gradients import split_half_gradients
-from modmeta.adaptation.heads import HEADS, Anchor, Classifier, Head, register_head
+from modmeta.adaptation.heads import HEADS, Anchor, Classifier, Head, Labelled, register_head
 from modmeta.adaptation.indicators import (
     DEFAULT_INDICATORS,
     INDICATORS,
@@ -29,6 +29,7 @@ __all__ = [
     "DivergedError",
     "Head",
     "IndicatorSet",
+    "Labelled",
     "Plan",
     "Policy",
     "Situation",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modmeta.errors import ModmetaError
 from modmeta.registry import Registry
 
 HEADS: Registry[Callable[..., Head]] = Registry("head")
@@ -67,8 +68,44 @@ class Anchor:
         return Classifier(self.weight, bias, self.center if center is None else center, scale, True)
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """What a head is fitted to.
+
+    Attributes:
+        features: ``(S, D)``.
+        labels: ``(S,)`` in ``0..ways-1``.
+        ways: number of classes.
+        anchor: the sources' classifier for these classes, if there is one.
+        ridge: factor on the head's ridge strength, a scalar; None is 1.
+    """
+
+    features: Tensor
+    labels: Tensor
+    ways: int
+    anchor: Anchor | None
+    ridge: Tensor | None
+
+    @property
+    def one_hot(self) -> Tensor:
+        """``(S, C)``, 1 at each image's class."""
+        return F.one_hot(self.labels, self.ways).to(self.features.dtype)
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Return features of unit length around the mean of the class means, and that centre ``(D,)``.
+
+        A plain mean would be pulled to a class with many images.
+        """
+        one_hot = self.one_hot
+        share = one_hot / (one_hot.sum(0).clamp_min(1) * (one_hot.sum(0) > 0).sum())
+        center = share.sum(1) @ self.features
+        return F.normalize(self.features - center, dim=-1), center
+
+
 class Head(nn.Module, ABC):
     """Base of the heads: two learned scalars, the sharpness of the logits and the strength of the ridge.
+
+    A subclass implements :meth:`fit_to` and :meth:`held_out_of`.
 
     Args:
         scale: initial factor on the logits, above 0.
@@ -80,54 +117,44 @@ class Head(nn.Module, ABC):
 
     def __init__(self, scale: float = 10.0, ridge: float = 1.0) -> None:
         super().__init__()
+        if scale <= 0 or ridge <= 0:
+            raise ModmetaError(f"head_options: scale and ridge must be above 0, got {scale} and {ridge}")
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
 
-    @abstractmethod
     def fit(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
+        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
     ) -> Classifier:
-        """Fit a classifier to the support.
+        """Fit a classifier to the support; the arguments are those of :class:`Labelled`."""
+        return self.fit_to(Labelled(features, labels, ways, anchor, ridge))
 
-        Args:
-            features: ``(S, D)``.
-            labels: ``(S,)`` in ``0..ways-1``.
-            ways: number of classes.
-            anchor: the sources' classifier for these classes; unused by heads without one.
-            ridge: factor on the head's ridge strength, a scalar; None is 1.
-        """
-
-    @abstractmethod
     def held_out(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
+        self, features: Tensor, labels: Tensor, ways: int, anchor: Anchor | None = None, ridge: Tensor | None = None
     ) -> Tensor:
         """Return logits ``(S, C)`` of every support image from a classifier fitted without that image."""
+        return self.held_out_of(Labelled(features, labels, ways, anchor, ridge))
+
+    @abstractmethod
+    def fit_to(self, support: Labelled) -> Classifier:
+        """Fit a classifier."""
+
+    @abstractmethod
+    def held_out_of(self, support: Labelled) -> Tensor:
+        """Return logits ``(S, C)`` of every image from a classifier fitted without it."""
 
 
 class _PrototypeHead(Head):
-    """Class means; ``held_out`` leaves the image out of its own class's mean.
+    """Class means; held out, an image is left out of its own class's mean.
 
     A class with one image keeps it: without it the class would have no prototype at all.
     """
 
-    def _means(self, x: Tensor, labels: Tensor, ways: int) -> tuple[Tensor, Tensor, Tensor]:
-        one_hot = F.one_hot(labels, ways).to(x.dtype)
+    def _means(self, x: Tensor, support: Labelled) -> tuple[Tensor, Tensor]:
+        """Return the class means ``(C, D)``, and for each image the mean of its class without it ``(S, D)``."""
+        one_hot, labels = support.one_hot, support.labels
         counts = one_hot.sum(0)
         sums = one_hot.T @ x
-        return sums / counts.clamp_min(1)[:, None], sums, counts
-
-    def _held_out_own(self, x: Tensor, labels: Tensor, ways: int) -> tuple[Tensor, Tensor]:
-        means, sums, counts = self._means(x, labels, ways)
+        means = sums / counts.clamp_min(1)[:, None]
         several = counts[labels] > 1
         without = (sums[labels] - x) / (counts[labels] - 1).clamp_min(1)[:, None]
         return means, torch.where(several[:, None], without, means[labels])
@@ -135,40 +162,27 @@ class _PrototypeHead(Head):
 
 @register_head("prototype")
 class PrototypeHead(_PrototypeHead):
-    """Squared Euclidean distance to class means, per feature dimension.
+    """Squared Euclidean distance to class means, in units of the support's spread.
 
     Snell et al., "Prototypical Networks for Few-shot Learning", NeurIPS 2017.
     """
 
-    def fit(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
-    ) -> Classifier:
+    def fit_to(self, support: Labelled) -> Classifier:
         """Return the means as a linear classifier: ``-|x - c|^2 = 2 x.c - |c|^2`` up to a term that all share."""
-        center = features.mean(0)
-        means, _, _ = self._means(features - center, labels, ways)
-        size = self._spread(features)
+        center = support.features.mean(0)
+        means, _ = self._means(support.features - center, support)
+        size = self._spread(support.features)
         weight, bias = 2 * means.T / size, -means.square().sum(1) / size
         return Classifier(weight, bias, center, self.log_scale.exp(), False)
 
-    def held_out(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
-    ) -> Tensor:
+    def held_out_of(self, support: Labelled) -> Tensor:
         """Leave every image out of its own class's mean."""
-        means, own = self._held_out_own(features, labels, ways)
-        logits = -(features[:, None] - means).square().sum(-1)
-        own_logits = -(features - own).square().sum(-1)
-        logits = torch.where(F.one_hot(labels, ways).bool(), own_logits[:, None], logits)
-        return self.log_scale.exp() * logits / self._spread(features)
+        x = support.features
+        means, own = self._means(x, support)
+        logits = -(x[:, None] - means).square().sum(-1)
+        own_logits = -(x - own).square().sum(-1)
+        logits = torch.where(support.one_hot.bool(), own_logits[:, None], logits)
+        return self.log_scale.exp() * logits / self._spread(x)
 
     @staticmethod
     def _spread(features: Tensor) -> Tensor:
@@ -183,34 +197,20 @@ class CosineHead(_PrototypeHead):
     Gidaris and Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018.
     """
 
-    def fit(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
-    ) -> Classifier:
+    def fit_to(self, support: Labelled) -> Classifier:
         """Return unit-length class means as a linear classifier."""
-        x, center = _unit(features, labels, ways)
-        means, _, _ = self._means(x, labels, ways)
+        x, center = support.centred()
+        means, _ = self._means(x, support)
         weight = F.normalize(means, dim=-1).T
-        return Classifier(weight, weight.new_zeros(ways), center, self.log_scale.exp(), True)
+        return Classifier(weight, weight.new_zeros(support.ways), center, self.log_scale.exp(), True)
 
-    def held_out(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
-    ) -> Tensor:
+    def held_out_of(self, support: Labelled) -> Tensor:
         """Leave every image out of its own class's mean."""
-        x, _ = _unit(features, labels, ways)
-        means, own = self._held_out_own(x, labels, ways)
+        x, _ = support.centred()
+        means, own = self._means(x, support)
         logits = x @ F.normalize(means, dim=-1).T
         own_logits = (x * F.normalize(own, dim=-1)).sum(-1)
-        return self.log_scale.exp() * torch.where(F.one_hot(labels, ways).bool(), own_logits[:, None], logits)
+        return self.log_scale.exp() * torch.where(support.one_hot.bool(), own_logits[:, None], logits)
 
 
 @register_head("ridge")
@@ -218,48 +218,34 @@ class RidgeHead(Head):
     """Ridge regression on centred features of unit length, in the dual form.
 
     Bertinetto et al., "Meta-learning with differentiable closed-form solvers", ICLR 2019. Every class weighs
-    the same, however many images it has. ``held_out`` is exact leave-one-out in closed form.
+    the same, however many images it has. Held-out logits are exact leave-one-out in closed form.
     """
 
-    def fit(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
-    ) -> Classifier:
+    def fit_to(self, support: Labelled) -> Classifier:
         """Solve for the weights ``W0 + X^T (X X^T + lambda N)^-1 (Y - X W0)``."""
-        x, center = _unit(features, labels, ways)
-        start = self._start(anchor, x.shape[1], ways, x)
-        residual = _targets(labels, ways, x) - x @ start
-        weight = start + x.T @ torch.linalg.solve(self._system(x, labels, ways, ridge), residual)
-        return Classifier(weight, weight.new_zeros(ways), center, self.log_scale.exp(), True)
+        x, center = support.centred()
+        start = self._start(x, support)
+        residual = support.one_hot - 1.0 / support.ways - x @ start
+        weight = start + x.T @ torch.linalg.solve(self._system(x, support), residual)
+        return Classifier(weight, weight.new_zeros(support.ways), center, self.log_scale.exp(), True)
 
-    def held_out(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        ways: int,
-        anchor: Anchor | None = None,
-        ridge: Tensor | None = None,
-    ) -> Tensor:
+    def held_out_of(self, support: Labelled) -> Tensor:
         """Return ``Y - e`` with ``e_i = [G R]_i / G_ii`` and ``G`` the inverse of the dual system."""
-        x, _ = _unit(features, labels, ways)
-        targets = _targets(labels, ways, x)
-        residual = targets - x @ self._start(anchor, x.shape[1], ways, x)
-        inverse = torch.linalg.inv(self._system(x, labels, ways, ridge))
+        x, _ = support.centred()
+        targets = support.one_hot - 1.0 / support.ways
+        residual = targets - x @ self._start(x, support)
+        inverse = torch.linalg.inv(self._system(x, support))
         errors = (inverse @ residual) / inverse.diagonal()[:, None]
         return self.log_scale.exp() * (targets - errors)
 
-    def _start(self, anchor: Anchor | None, width: int, ways: int, like: Tensor) -> Tensor:
-        return like.new_zeros(width, ways)
+    def _start(self, x: Tensor, support: Labelled) -> Tensor:
+        return x.new_zeros(x.shape[1], support.ways)
 
-    def _system(self, x: Tensor, labels: Tensor, ways: int, ridge: Tensor | None) -> Tensor:
-        strength = self.log_ridge.exp() * (1.0 if ridge is None else ridge)
-        counts = F.one_hot(labels, ways).sum(0).to(x.dtype)
+    def _system(self, x: Tensor, support: Labelled) -> Tensor:
+        strength = self.log_ridge.exp() * (1.0 if support.ridge is None else support.ridge)
+        counts = support.one_hot.sum(0)
         # An image of a class with many others counts for less: its own lambda is larger.
-        balance = counts[labels] * (counts > 0).sum() / counts.sum()
+        balance = counts[support.labels] * (counts > 0).sum() / counts.sum()
         return x @ x.T + torch.diag(strength * balance)
 
 
@@ -273,17 +259,5 @@ class AnchoredRidgeHead(RidgeHead):
 
     anchored = True
 
-    def _start(self, anchor: Anchor | None, width: int, ways: int, like: Tensor) -> Tensor:
-        return like.new_zeros(width, ways) if anchor is None else anchor.weight
-
-
-def _unit(features: Tensor, labels: Tensor, ways: int) -> tuple[Tensor, Tensor]:
-    """Centre on the mean of the class means, so that a large class does not pull the centre to itself."""
-    one_hot = F.one_hot(labels, ways).to(features.dtype)
-    share = one_hot / (one_hot.sum(0).clamp_min(1) * (one_hot.sum(0) > 0).sum())
-    center = share.sum(1) @ features
-    return F.normalize(features - center, dim=-1), center
-
-
-def _targets(labels: Tensor, ways: int, like: Tensor) -> Tensor:
-    return F.one_hot(labels, ways).to(like.dtype) - 1.0 / ways
+    def _start(self, x: Tensor, support: Labelled) -> Tensor:
+        return super()._start(x, support) if support.anchor is None else support.anchor.weight
