@@ -9,7 +9,7 @@ from modmeta.adaptation.indicators import (
     Situation,
     register_indicator,
 )
-from modmeta.adaptation.inner_loop import DivergedError, descend, inner_loop, read_statistics
+from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms
@@ -38,7 +38,6 @@ __all__ = [
     "Support",
     "Verdict",
     "candidates",
-    "descend",
     "inner_loop",
     "judge",
     "norm_sites",

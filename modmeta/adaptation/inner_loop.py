@@ -25,6 +25,7 @@ def inner_loop(
     images: Tensor,
     loss: Callable[[Tensor], Tensor] | None,
     *,
+    statistics: State | None = None,
     second_order: bool = False,
     trust: float = 0.5,
 ) -> tuple[State, list[float]]:
@@ -43,6 +44,7 @@ def inner_loop(
         plan: what to do.
         images: support images ``(S, 3, H, W)``.
         loss: from support features ``(S, D)`` to a scalar; None where nothing may learn (no labels).
+        statistics: what :func:`read_statistics` gave for these images, where that is known already.
         second_order: differentiate through the directions too.
         trust: bound on the root mean square distance of a unit from its initial value.
 
@@ -52,36 +54,7 @@ def inner_loop(
     Raises:
         DivergedError: naming the step and the units when a loss or gradient is not finite.
     """
-    state = read_statistics(model, initial, plan, images)
-    return descend(model, initial, state, plan, images, loss, second_order=second_order, trust=trust)
-
-
-@torch.no_grad()
-def read_statistics(model: AdaptedBackbone, initial: State, plan: Plan, images: Tensor) -> State:
-    """Return the initial state with what the plan's reading units observe on the support; no labels needed."""
-    gates = plan.detach().gate_of()
-    reading = [unit for unit in model.active(gates) if unit.reads]
-    if not reading:
-        return dict(initial)
-    last = max(site.order for unit in reading for site in unit.sites)
-    behind = next((cut.name for cut in model.backbone.cuts if cut.order > last), None)
-    _, observed = model.observe(images, detached(initial), gates, stop=behind)
-    own = tuple(f"{unit.name}|" for unit in reading)
-    return {name: observed[name] if name.startswith(own) else tensor for name, tensor in initial.items()}
-
-
-def descend(
-    model: AdaptedBackbone,
-    initial: State,
-    state: State,
-    plan: Plan,
-    images: Tensor,
-    loss: Callable[[Tensor], Tensor] | None,
-    *,
-    second_order: bool = False,
-    trust: float = 0.5,
-) -> tuple[State, list[float]]:
-    """Take the plan's gradient steps from ``state``; see :func:`inner_loop`."""
+    state = read_statistics(model, initial, plan, images) if statistics is None else statistics
     gates = plan.gate_of()
     still = plan.detach().gate_of()
     learners = [unit for unit in model.active(gates) if unit.learns]
@@ -113,6 +86,20 @@ def descend(
                 rate, decay = plan.rates[row, step], plan.decay[row]
                 state = state | _step(unit, names[unit.name], initial, state, gradients, rate, decay, trust, step)
     return state, losses
+
+
+@torch.no_grad()
+def read_statistics(model: AdaptedBackbone, initial: State, plan: Plan, images: Tensor) -> State:
+    """Return the initial state with what the plan's reading units observe on the support; no labels needed."""
+    gates = plan.detach().gate_of()
+    reading = [unit for unit in model.active(gates) if unit.reads]
+    if not reading:
+        return dict(initial)
+    last = max(site.order for unit in reading for site in unit.sites)
+    behind = next((cut.name for cut in model.backbone.cuts if cut.order > last), None)
+    _, observed = model.observe(images, detached(initial), gates, stop=behind)
+    own = tuple(f"{unit.name}|" for unit in reading)
+    return {name: observed[name] if name.startswith(own) else tensor for name, tensor in initial.items()}
 
 
 def _step(

@@ -14,7 +14,7 @@ from modmeta.errors import ModmetaError
 from modmeta.learners.checkpoint import check, describe, plain
 from modmeta.learners.feature_cache import FeatureCache
 from modmeta.learners.measuring import EpisodeMeasuring, episode_support
-from modmeta.learners.source import SourcePhase, source_step
+from modmeta.learners.source import SourcePhase, datamodule_of, source_step
 
 
 class MetaLearner(EpisodeMeasuring):
@@ -76,15 +76,12 @@ class MetaLearner(EpisodeMeasuring):
 
     def setup(self, stage: str) -> None:
         """Make what needs the data module: the source classifier and the feature cache."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if self.source.epochs and self.phase is None and stage == "fit":
-            if datamodule is None:
-                raise ModmetaError("source training needs a DomainDataModule: pass datamodule=... to the Trainer")
-            self.phase = SourcePhase(self.source, self.model.backbone.feature_dim, len(datamodule.classes))
-        store = getattr(datamodule, "store", None)
-        if store is not None and not (self.source.epochs and stage == "fit"):
-            # While the backbone still trains there is nothing frozen to keep.
-            self._cache = FeatureCache(self.model, len(store), store.key, self.cache_dir)
+        trains_backbone = bool(self.source.epochs) and stage == "fit"
+        if trains_backbone and self.phase is None:
+            classes = len(datamodule_of(self).classes)
+            self.phase = SourcePhase(self.source, self.model.backbone.feature_dim, classes)
+        if not trains_backbone:  # otherwise there is nothing frozen to keep yet
+            self._open_cache()
 
     def on_train_epoch_start(self) -> None:
         """Freeze and measure the sources when the episodes begin."""
@@ -97,15 +94,16 @@ class MetaLearner(EpisodeMeasuring):
         if self._fingerprint is None:
             self._fingerprint = backbone.fingerprint()
         if self._cache is None:
-            store = getattr(getattr(self.trainer, "datamodule", None), "store", None)
-            if store is not None:
-                self._cache = FeatureCache(self.model, len(store), store.key, self.cache_dir)
+            self._open_cache()
+
+    def _open_cache(self) -> None:
+        store = getattr(getattr(self.trainer, "datamodule", None), "store", None)
+        if store is not None:
+            self._cache = FeatureCache(self.model, len(store), store.key, self.cache_dir)
 
     def measure_sources(self) -> None:
         """Measure the source domains under the frozen backbone, the same on every rank."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None or not hasattr(datamodule, "source_images"):
-            raise ModmetaError("meta-training needs the source images of a DomainDataModule; pass datamodule=...")
+        datamodule = datamodule_of(self)
         chunks = datamodule.source_images(self.source_images)
         batches = ((domain, images.to(self.device), labels) for domain, images, labels, _ in chunks)
         self.sources.measure(self.model.backbone, batches, datamodule.classes)

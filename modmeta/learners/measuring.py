@@ -15,6 +15,7 @@ from modmeta.data import Episode
 from modmeta.errors import ModmetaError
 from modmeta.learners.metrics import EpisodeMetrics, Result
 from modmeta.learners.parts import LearnerParts
+from modmeta.learners.source import datamodule_of
 
 
 class EpisodeMeasuring(LearnerParts):
@@ -105,9 +106,7 @@ class EpisodeMeasuring(LearnerParts):
                 self._metrics.update(episode.domain, episode.shots, episode.index, episode.query_labels, logits, facts)
 
     def _new_metrics(self, split: str) -> EpisodeMetrics | None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            raise ModmetaError("episodes are measured per domain of a DomainDataModule; pass datamodule=...")
+        datamodule = datamodule_of(self)
         systems = ("source", *self.baselines, *self.systems)
         domains = getattr(datamodule, f"{split}_domains")
         return EpisodeMetrics(dict.fromkeys(systems), domains, datamodule.hparams["eval_shots"], self.facts).to(

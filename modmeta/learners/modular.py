@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from modmeta.adaptation import (
     Support,
     Verdict,
     candidates,
-    descend,
+    inner_loop,
     judge,
     norm_sites,
     observe_norms,
@@ -36,7 +35,7 @@ from modmeta.data import Episode
 from modmeta.errors import ModmetaError
 from modmeta.learners.base import MetaLearner
 from modmeta.learners.measuring import episode_support
-from modmeta.learners.source import BackboneConfig, SourceConfig
+from modmeta.learners.source import BackboneConfig, SourceConfig, datamodule_of
 
 
 class ModularMetaLearner(MetaLearner):
@@ -203,7 +202,6 @@ class ModularMetaLearner(MetaLearner):
             the adapted state, and the support loss before every step.
         """
         initial = self._initial(plan, support)
-        state = read_statistics(self.model, initial, plan, support.images) if statistics is None else statistics
         loss = None
         if support.labels is not None:
             ridge = plan.ridge.detach()
@@ -211,13 +209,13 @@ class ModularMetaLearner(MetaLearner):
             def loss(features: Tensor) -> Tensor:
                 return self.inner_loss(features, support, ridge).mean()
 
-        return descend(
+        return inner_loop(
             self.model,
             initial,
-            state,
             plan,
             support.images,
             loss,
+            statistics=statistics,
             second_order=self.second_order,
             trust=self.trust,
         )
@@ -331,7 +329,7 @@ class ModularMetaLearner(MetaLearner):
 
     def on_sources_measured(self) -> None:
         """Standardise the indicators on the first training episodes."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = datamodule_of(self)
         rows = []
         for index in range(self.calibration_episodes):
             episode = datamodule.episode("train", index).to(self.device)

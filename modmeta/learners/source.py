@@ -115,7 +115,7 @@ class SourceLearner(LightningModule):
     def setup(self, stage: str) -> None:
         """Make the classifier, now that the classes are known."""
         if self.phase is None:
-            self.phase = SourcePhase(self.source, self.backbone.feature_dim, len(_classes(self)))
+            self.phase = SourcePhase(self.source, self.backbone.feature_dim, len(datamodule_of(self).classes))
 
     def training_step(self, batch: SourceBatch, batch_idx: int) -> None:
         """Take one step on a batch of all source domains."""
@@ -182,8 +182,13 @@ def source_step(
     learner.log("source/loss", loss.detach(), prog_bar=True)
 
 
-def _classes(learner: LightningModule) -> tuple[str, ...]:
+def datamodule_of(learner: LightningModule) -> Any:
+    """Return the data module of a learner's trainer: a DomainDataModule, or one that offers the same.
+
+    Raises:
+        ModmetaError: if the trainer was given bare loaders.
+    """
     datamodule = getattr(learner.trainer, "datamodule", None)
     if datamodule is None:
-        raise ModmetaError("source training needs a DomainDataModule: pass datamodule=... to the Trainer")
-    return tuple(datamodule.classes)
+        raise ModmetaError(f"{type(learner).__name__} needs a DomainDataModule: pass datamodule=... to the Trainer")
+    return datamodule
