@@ -4,7 +4,7 @@ from modmeta.adapters.adapted import AdaptedBackbone, Gates, State
 from modmeta.adapters.bank import Bank
 from modmeta.adapters.conformance import check_module
 from modmeta.adapters.liveness import DeadUnitError, check_alive
-from modmeta.adapters.module import MODULES, AdapterModule, Cost, register_module
+from modmeta.adapters.module import MODULES, AdapterModule, Cost, Layer, register_module
 from modmeta.adapters.units import Unit, UnitConfig, resolve_units
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Cost",
     "DeadUnitError",
     "Gates",
+    "Layer",
     "State",
     "Unit",
     "UnitConfig",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from modmeta.adapters.module import AdapterModule
+from modmeta.adapters.module import AdapterModule, Layer
 from modmeta.adapters.units import Unit, UnitConfig, resolve_units
-from modmeta.backbone import Backbone, Site
+from modmeta.backbone import Backbone, Rerun, Site
+from modmeta.backbone.shell import Slot
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,7 +80,7 @@ class AdaptedBackbone(nn.Module):
             self.overlay(state, gates, active),
             start=start,
             stop=stop,
-            slots=self._slots(state, gates, active),
+            slots=self.slots(state, gates, active),
         )
 
     def active(self, gates: Gates) -> list[Unit]:
@@ -101,6 +102,18 @@ class AdaptedBackbone(nn.Module):
                     changed |= self._overlay_at(unit, site, state, gates, ChainMap(changed, tensors))
         return changed
 
+    def slots(self, state: State, gates: Gates, units: Sequence[Unit] | None = None) -> dict[str, Slot]:
+        """Return, by site, what ``units`` (by default the active ones) compute there; for one forward pass."""
+        slots: dict[str, list[Slot]] = {}
+        for unit in self.active(gates) if units is None else units:
+            if not unit.module.is_slot():
+                continue
+            carried: dict[str, Tensor] = {}
+            for site in unit.sites:
+                call = partial(_slot, self._bound(unit, site, state), gates.get(unit.name, 0.0), carried)
+                slots.setdefault(site.name, []).append(call)
+        return {name: partial(_chain, calls) for name, calls in slots.items()}
+
     def observe(
         self, x: Tensor, state: State, gates: Gates, *, start: str | None = None, stop: str | None = None
     ) -> tuple[Tensor, State]:
@@ -117,18 +130,22 @@ class AdaptedBackbone(nn.Module):
         tensors = self.backbone.tensors()
         overlay = self.overlay(state, gates, rest)
         observed = dict(state)
+        changes: dict[str, dict[str, Tensor]] = {}
 
         def read(unit: Unit, site: Site, x: Tensor) -> dict[str, Tensor]:
+            if site.name in changes:  # a slot runs its layer again, on an input of its own
+                return changes[site.name]
             local = _local(site, ChainMap(overlay, tensors))
             for name, tensor in self._modules_of[unit.name][site.name].observe(x, local).items():
                 observed[f"{unit.name}|{site.name}|{name}"] = tensor
             change = self._overlay_at(unit, site, observed, gates, ChainMap(overlay, tensors))
-            return {name.removeprefix(f"{site.name}."): tensor for name, tensor in change.items()}
+            changes[site.name] = {name.removeprefix(f"{site.name}."): tensor for name, tensor in change.items()}
+            return changes[site.name]
 
         observers = {site.name: partial(read, unit, site) for unit in readers for site in unit.sites}
         # An observer replaces its site's tensors itself, so the overlay must leave those to it.
         own = {f"{site.name}.{name}" for unit in readers for site in unit.sites for name in site.shapes}
-        slots = self._slots(state, gates, rest)
+        slots = self.slots(state, gates, rest)
         outside = {name: tensor for name, tensor in overlay.items() if name not in own}
         y = self.backbone.run(x, outside, start=start, stop=stop, slots=slots, observers=observers)
         return y, observed
@@ -148,18 +165,6 @@ class AdaptedBackbone(nn.Module):
         prefix = f"{unit.name}|{site.name}|"
         names = self._tensor_names[prefix]
         return bind(self._modules_of[unit.name][site.name], {name: state[prefix + name] for name in names})
-
-    def _slots(
-        self, state: State, gates: Gates, units: Sequence[Unit]
-    ) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        slots: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {}
-        for unit in units:
-            if not unit.module.overrides("forward"):
-                continue
-            for site in unit.sites:
-                call = partial(_slot, self._bound(unit, site, state), gates.get(unit.name, 0.0))
-                slots.setdefault(site.name, []).append(call)
-        return {name: partial(_chain, calls) for name, calls in slots.items()}
 
 
 def bind(module: M, tensors: Mapping[str, Tensor]) -> M:
@@ -185,14 +190,20 @@ def bind(module: M, tensors: Mapping[str, Tensor]) -> M:
     return view
 
 
-def _slot(module: AdapterModule, gate: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
-    return _blend(y, module(x, y), gate)
+def _slot(
+    module: AdapterModule, gate: Tensor | float, carried: dict[str, Tensor], x: Tensor, y: Tensor, run: Rerun
+) -> Tensor:
+    return _blend(y, module.rerun(x, y, Layer(run, carried)), gate)
 
 
-def _chain(calls: Sequence[Callable[[Tensor, Tensor], Tensor]], x: Tensor, y: Tensor) -> Tensor:
-    for call in calls:
-        y = call(x, y)
+def _chain(slots: Sequence[Slot], x: Tensor, y: Tensor, run: Rerun) -> Tensor:
+    for slot in slots:
+        y, run = slot(x, y, run), partial(_with_slot, slot, run)
     return y
+
+
+def _with_slot(slot: Slot, run: Rerun, x: Tensor) -> Tensor:
+    return slot(x, run(x), run)
 
 
 def _blend(old: Tensor, new: Tensor, gate: Tensor | float) -> Tensor:

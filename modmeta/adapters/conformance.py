@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch.func import functional_call
 
 from modmeta.adapters.adapted import AdaptedBackbone, Gates, State, bind
 from modmeta.adapters.liveness import check_alive
-from modmeta.adapters.module import MODULES, AdapterModule
+from modmeta.adapters.module import MODULES, AdapterModule, Layer
 from modmeta.adapters.units import Unit, UnitConfig
-from modmeta.backbone import Backbone, Site, second_order_safe
+from modmeta.backbone import Backbone, Rerun, Site, second_order_safe
 
 BACKBONES = ("test_resnet", "test_efficientnet", "test_efficientnet_gn", "test_vit", "test_convnext")
 """Tiny timm models with batch, group and layer normalisation, plain and depthwise convolutions, and attention."""
@@ -132,7 +132,7 @@ def _check_contract(cls: type[AdapterModule]) -> None:
     assert name is not None, "the class has no name; decorate it with @register_module"
     assert name in MODULES, f"the name {name!r} is not registered"
     assert MODULES.get(name) is cls, f"the name {name!r} is registered for another class"
-    assert cls.overrides("overlay") or cls.overrides("forward"), "neither overlay nor forward is implemented"
+    assert cls.overrides("overlay") or cls.is_slot(), "neither overlay nor forward nor rerun is implemented"
 
 
 @torch.no_grad()
@@ -181,30 +181,30 @@ def _check_gradients(case: _Case) -> None:
 
 @torch.no_grad()
 def _check_functional(case: _Case) -> None:
-    attached_to = case.unit.build()
-    for site, module in _modules(case):
+    attached, plain = case.unit.build(), case.unit.build()
+    for site in case.unit.sites:
         tensors = case.tensors_of(site, case.moved)
-        attached = attached_to[site.name]
-        for name, tensor in [*attached.named_parameters(), *attached.named_buffers()]:
+        for name, tensor in [*attached[site.name].named_parameters(), *attached[site.name].named_buffers()]:
             tensor.copy_(tensors[name])
-        _assert_same(
-            _act(bind(module, tensors), case, site),
-            _act(attached, case, site),
-            f"at {site.name}: it does not read all of its tensors from its parameters and buffers",
-        )
-        if type(module).overrides("forward"):
+        if case.unit.module.overrides("forward"):
             x, y = _activations(case, site)
-            assert torch.equal(functional_call(module, tensors, (x, y)), bind(module, tensors)(x, y)), site.name
+            found, expected = functional_call(plain[site.name], tensors, (x, y)), attached[site.name](x, y)
+            assert torch.equal(found, expected), f"at {site.name}: torch.func.functional_call gives another output"
+    message = "it does not read all of its tensors from its parameters and buffers"
+    _assert_same(_act(_bound(plain, case), case), _act(attached, case), message)
 
 
 @torch.no_grad()
 def _check_copies(case: _Case) -> None:
-    site, module = next(_modules(case))
-    for how, copied in (("deepcopy", copy.deepcopy(module)), ("pickle", pickle.loads(pickle.dumps(module)))):
-        tensors = case.tensors_of(site, case.moved)
-        _assert_same(_act(bind(copied, tensors), case, site), _act(bind(module, tensors), case, site), how)
-        own = {tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()] if tensor.numel()}
-        shared = [t for t in [*copied.parameters(), *copied.buffers()] if t.numel() and t.data_ptr() in own]
+    built = case.unit.build()
+    expected = _act(_bound(built, case), case)
+    own = {tensor.data_ptr() for module in built.values() for tensor in _tensors(module)}
+    for how, copied in (
+        ("deepcopy", {name: copy.deepcopy(module) for name, module in built.items()}),
+        ("pickle", {name: pickle.loads(pickle.dumps(module)) for name, module in built.items()}),
+    ):
+        _assert_same(_act(_bound(copied, case), case), expected, f"a {how} acts differently")
+        shared = [tensor for module in copied.values() for tensor in _tensors(module) if tensor.data_ptr() in own]
         assert not shared, f"a {how} shares tensors with the original"
 
 
@@ -217,7 +217,7 @@ def _check_file(case: _Case) -> None:
 
 @torch.no_grad()
 def _check_merge(case: _Case) -> None:
-    if not case.unit.module.overrides("overlay") or case.unit.module.overrides("forward"):
+    if case.unit.module.is_slot():
         return
     merged = copy.deepcopy(case.model.backbone.model)
     merged.load_state_dict(case.model.overlay(case.moved, case.gates), strict=False)
@@ -287,16 +287,30 @@ _CHECKS: dict[str, Callable[[_Case], None]] = {
 # ---------------------------------------------------------------------- parts
 
 
-def _modules(case: _Case) -> Iterator[tuple[Site, AdapterModule]]:
-    built = case.unit.build()
-    return ((site, built[site.name]) for site in case.unit.sites)
+def _tensors(module: AdapterModule) -> list[Tensor]:
+    return [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor.numel()]
 
 
-def _act(module: AdapterModule, case: _Case, site: Site) -> dict[str, Tensor]:
-    """Return what the module does at ``site``, as an overlay and on some activations."""
-    done = dict(module.overlay(case.local(site)))
-    if type(module).overrides("forward"):
-        done["output"] = module(*_activations(case, site))
+def _bound(modules: Mapping[str, AdapterModule], case: _Case) -> dict[str, AdapterModule]:
+    return {site.name: bind(modules[site.name], case.tensors_of(site, case.moved)) for site in case.unit.sites}
+
+
+def _act(modules: Mapping[str, AdapterModule], case: _Case) -> dict[str, Tensor]:
+    """Return what the unit's modules do at their sites, as overlays and on the activations of the plain backbone."""
+    done = {
+        f"{name} of {site.name}": tensor
+        for site in case.unit.sites
+        for name, tensor in modules[site.name].overlay(case.local(site)).items()
+    }
+    carried: dict[str, Tensor] = {}
+
+    def record(name: str, x: Tensor, y: Tensor, run: Rerun) -> Tensor:
+        done[f"output of {name}"] = modules[name].rerun(x, y, Layer(run, carried)).clone()
+        return y
+
+    if case.unit.module.is_slot():
+        slots = {site.name: partial(record, site.name) for site in case.unit.sites}
+        case.model.backbone.run(case.images, slots=slots)
     return done
 
 
@@ -304,7 +318,7 @@ def _activations(case: _Case, site: Site) -> tuple[Tensor, Tensor]:
     """Return what goes into the site and what comes out of it on the case's images."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def record(x: Tensor, y: Tensor) -> Tensor:
+    def record(x: Tensor, y: Tensor, _run: Rerun) -> Tensor:
         seen.append((x.clone(), y.clone()))
         return y
 
@@ -315,7 +329,8 @@ def _activations(case: _Case, site: Site) -> tuple[Tensor, Tensor]:
 
 def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], message: str) -> None:
     assert found.keys() == expected.keys(), message
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), message
+    for what, tensor in found.items():
+        assert torch.equal(tensor, expected[what]), f"{message}: {what}"
 
 
 def _gap(found: Tensor, expected: Tensor) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
-from modmeta.backbone import Site
+from modmeta.backbone import Rerun, Site
 from modmeta.registry import Registry
 
 MODULES: Registry[type[AdapterModule]] = Registry("adapter module", group="modmeta.modules")
@@ -39,14 +39,29 @@ class Cost:
     macs: int = 0
 
 
+@dataclass(frozen=True)
+class Layer:
+    """The layer that a slot sits on, in the midst of a forward pass.
+
+    Attributes:
+        run: runs the layer on another input, under the same overlay and with the slots that come earlier on it.
+        carried: what the modules of one unit hand on to each other within this pass; empty when it begins. By
+            the name of the site that wrote it: a layer that is run again then reads what it read before.
+    """
+
+    run: Rerun
+    carried: dict[str, Tensor]
+
+
 class AdapterModule(nn.Module):
     """A small change of what a backbone computes at one site; the identity when fresh.
 
-    A subclass says what it acts on with ``kinds`` and implements one of two ways to act:
+    A subclass says what it acts on with ``kinds`` and implements one of three ways to act:
 
     * :meth:`overlay` returns changed copies of the site's tensors (weights or statistics). It merges
       into the backbone exactly and costs nothing at prediction.
     * :meth:`forward` computes a new output of the site from its input and output (a *slot*).
+    * :meth:`rerun` is a slot that may run the site's layer again, on an input of its own.
 
     Its ``nn.Parameter``s are what the inner loop moves. Scale them so that a step of 0.01 is a change of
     about one per cent: the policy's learning rates then mean the same for every module. Its buffers are
@@ -70,6 +85,16 @@ class AdapterModule(nn.Module):
         """Whether the module has a meaning at ``site``."""
         return site.kind in cls.kinds and set(cls.requires) <= set(site.shapes)
 
+    @classmethod
+    def build(cls, sites: Sequence[Site], **options: Any) -> dict[str, Self]:
+        """Return the fresh modules of one unit, by site name.
+
+        Args:
+            sites: the unit's sites, in execution order.
+            **options: the module's options.
+        """
+        return {site.name: cls(site, **options) for site in sites}
+
     def overlay(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return changed copies of some of the site's tensors.
 
@@ -82,6 +107,11 @@ class AdapterModule(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the site's new output from its input ``x`` and its output ``y``."""
         return y
+
+    def rerun(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+        """Return the site's new output, with the layer at hand; by default, what :meth:`forward` returns."""
+        output: Tensor = self(x, y)
+        return output
 
     def observe(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return new values for this module's buffers from the site's input on the support images.
@@ -98,5 +128,10 @@ class AdapterModule(nn.Module):
 
     @classmethod
     def overrides(cls, method: str) -> bool:
-        """Whether the subclass implements ``overlay``, ``forward`` or ``observe`` itself."""
+        """Whether the subclass implements ``overlay``, ``forward``, ``rerun`` or ``observe`` itself."""
         return getattr(cls, method) is not getattr(AdapterModule, method)
+
+    @classmethod
+    def is_slot(cls) -> bool:
+        """Whether the subclass computes a new output of its site."""
+        return cls.overrides("forward") or cls.overrides("rerun")

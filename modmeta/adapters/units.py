@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 from modmeta.adapters.module import MODULES, AdapterModule, Cost
 from modmeta.backbone import Backbone, Selector, Site
@@ -78,7 +79,7 @@ class Unit:
 
     def build(self) -> dict[str, AdapterModule]:
         """Make fresh modules, by site name."""
-        return {site.name: self.module(site, **self.options) for site in self.sites}
+        return self.module.build(self.sites, **self.options)
 
 
 def resolve_units(backbone: Backbone, configs: Sequence[UnitConfig]) -> tuple[Unit, ...]:
@@ -97,10 +98,10 @@ def resolve_units(backbone: Backbone, configs: Sequence[UnitConfig]) -> tuple[Un
             groups.setdefault(_group_key(site, config.group), []).append(site)
         for key, sites in groups.items():
             name = _free_name(f"{module.name}@{key}", units)
-            built = [module(site, **config.options) for site in sites]
-            costs = [each.cost(site) for each, site in zip(built, sites, strict=True)]
+            built = module.build(sites, **config.options)
+            costs = [built[site.name].cost(site) for site in sites]
             total = Cost(sum(cost.parameters for cost in costs), sum(cost.macs for cost in costs))
-            learns = any(True for each in built for _ in each.parameters())
+            learns = any(True for each in built.values() for _ in each.parameters())
             reads = module.overrides("observe")
             units.append(
                 Unit(
@@ -125,12 +126,15 @@ def _select(backbone: Backbone, module: type[AdapterModule], config: UnitConfig)
         depth=config.depth,
         names=None if config.names is None else tuple(config.names),
     )
-    sites = [site for site in selector.select(backbone.sites) if module.fits(site)]
+    selected = selector.select(backbone.sites)
+    sites = [site for site in selected if module.fits(site)]
     if not sites:
         wanted = f" with {', '.join(sorted(module.requires))}" if module.requires else ""
+        refused = sum(site.kind in module.kinds for site in selected)
         raise ModmetaError(
             f"units: module {config.module!r} acts on {', '.join(sorted(module.kinds))}{wanted}, but {backbone.name} "
             f"has no such site among those selected"
+            + (f"; {refused} are of that kind, but {module.__name__}.fits refuses them" if refused else "")
         )
     return sites
 
@@ -153,8 +157,40 @@ def _free_name(name: str, units: Sequence[Unit]) -> str:
     return next(copy for copy in copies if copy not in taken)
 
 
+def required_options(module: type[AdapterModule]) -> list[str]:
+    """Return the options of a module that have no default."""
+    return [
+        name
+        for name, option in _options(module).items()
+        if option.default is option.empty and option.kind in (option.POSITIONAL_OR_KEYWORD, option.KEYWORD_ONLY)
+    ]
+
+
+def _options(module: type[AdapterModule]) -> dict[str, inspect.Parameter]:
+    signature = inspect.signature(module.__init__).parameters
+    return {name: parameter for name, parameter in signature.items() if name not in ("self", "site")}
+
+
 def _check_options(module: type[AdapterModule], config: UnitConfig) -> None:
-    known = [name for name in inspect.signature(module.__init__).parameters if name not in ("self", "site")]
-    for option in config.options:
+    known = _options(module)
+    hints = dict.fromkeys(known, Any) | get_type_hints(module.__init__)
+    for option, value in config.options.items():
         if option not in known:
             raise unknown(f"option of adapter module {config.module!r}:", option, known)
+        hint = hints[option]
+        if not _is(value, hint):
+            wanted = getattr(hint, "__name__", hint)
+            raise ModmetaError(f"units: option {option!r} of module {config.module!r} is {value!r}; give {wanted}")
+    for option in required_options(module):
+        if option not in config.options:
+            raise ModmetaError(f"units: module {config.module!r} needs the option {option!r}")
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Return whether a value of a configuration is of a type; types other than plain ones and unions of them pass."""
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if not all(each in (int, float, bool, str, NoneType) for each in types):
+        return True
+    if type(value) is int:
+        return int in types or float in types
+    return type(value) in types

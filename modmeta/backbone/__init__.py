@@ -3,6 +3,7 @@
 from modmeta.backbone.attention import second_order_safe
 from modmeta.backbone.backbone import Backbone
 from modmeta.backbone.cut import Cut
+from modmeta.backbone.shell import Rerun
 from modmeta.backbone.site import KINDS, Selector, Site
 
-__all__ = ["KINDS", "Backbone", "Cut", "Selector", "Site", "second_order_safe"]
+__all__ = ["KINDS", "Backbone", "Cut", "Rerun", "Selector", "Site", "second_order_safe"]

@@ -82,7 +82,8 @@ class Anatomy:
         if start == FEATURES:
             return 0
         after = -1 if start is None else self.cut(start).order
-        return sum(site.macs for site in self.sites if site.order > after)
+        # Blocks hold layers that are sites themselves.
+        return sum(site.macs for site in self.sites if site.order > after and site.kind != "block")
 
     def acting(self, functions: Mapping[str, F], start: str | None, stop: str | None) -> dict[str, F]:
         """Return those of the slots or observers whose sites begin to run between two cuts.

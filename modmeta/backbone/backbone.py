@@ -141,7 +141,8 @@ class Backbone(nn.Module):
                 first and second order flow to them, and they may be batched by ``torch.func.vmap``.
             start: name of the cut to go on from; ``"features"`` to apply only the slot of the features.
             stop: name of the cut to stop at; ``"features"`` to leave out the slot of the features.
-            slots: by site, a function of the module's input and output that gives a new output.
+            slots: by site, a function of the module's input, its output, and the module itself as a function
+                of any input, that gives a new output.
             observers: by site, a function of the module's input, called just before the module runs. The
                 tensors it returns replace the module's own, by local name, for this call.
 
@@ -161,7 +162,7 @@ class Backbone(nn.Module):
             return x
         if FEATURES in observers:
             observers[FEATURES](x)
-        return slots[FEATURES](x, x) if FEATURES in slots else x
+        return slots[FEATURES](x, x, lambda x: x) if FEATURES in slots else x
 
     def forward(self, images: Tensor, overlay: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the features (B, D) of ``images`` under ``overlay``: see :meth:`run`."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modmeta.backbone.anatomy import Anatomy
 from modmeta.backbone.cut import BATCH, Cut, Resume, in_sequence, probe, verified
@@ -42,21 +45,32 @@ def examine(model: nn.Module, image_size: int, feature_dim: int) -> Anatomy:
         cuts.append(Cut(cut, order, max(order, 0) / max(last, 1), calls[cut].per_image(BATCH) or ()))
 
     ends = stage_ends(model, calls, cuts)
-    sites = [
-        _site(
-            shell.get_submodule(name),
-            name,
-            kinds[name],
-            order=order,
-            depth=order / last,
-            stage=min(sum(end < entered[name] for end in ends), max(len(ends) - 1, 0)),
-            block=sum(cut.order < order for cut in cuts),
-            calls=calls,
-            channels_last=getattr(model, "output_fmt", None) == "NHWC",
-        )
-        for order, name in enumerate(names)
-    ]
-    sites.append(Site("features", "features", last, 1.0, max(len(ends) - 1, 0), len(cuts), {}, feature_dim, 1, -1, 0))
+    layers = [name for name, kind in kinds.items() if kind != "block"]
+    positions = {name: _positions(name, channels_of(shell.get_submodule(name)), calls) for name in layers}
+    macs = {
+        name: round(positions[name] * shell.get_submodule(name).get_parameter("weight").numel())
+        for name in layers
+        if kinds[name] != "norm"
+    }
+    sites = []
+    for order, name in enumerate(names):
+        place: dict[str, Any] = {
+            "name": name,
+            "kind": kinds[name],
+            "order": order,
+            "depth": order / last,
+            "stage": min(sum(end < entered[name] for end in ends), max(len(ends) - 1, 0)),
+            "block": sum(cut.order < order for cut in cuts),
+        }
+        module = shell.get_submodule(name)
+        if kinds[name] == "block":
+            inside = sum(count for layer, count in macs.items() if layer.startswith(f"{name}."))
+            channels_last = getattr(model, "output_fmt", None) == "NHWC"
+            sites.append(_block(module, calls[name], place, inside, channels_last))
+        else:
+            sites.append(_layer(module, calls.get(name), place, macs.get(name, 0), ceil(positions[name])))
+    stage, block = max(len(ends) - 1, 0), len(cuts)
+    sites.append(Site("features", "features", last, 1.0, stage, block, {}, feature_dim, 1, -1, 0))
     return Anatomy(
         tuple(sites),
         tuple(cuts),
@@ -74,47 +88,54 @@ def _blocks(model: nn.Module, resumes: Mapping[str, Resume], layers: Mapping[str
     return [name for name in holding if not any(other.startswith(f"{name}.") for other in holding)]
 
 
-def _site(
-    module: nn.Module,
-    name: str,
-    kind: str,
-    *,
-    order: int,
-    depth: float,
-    stage: int,
-    block: int,
-    calls: dict[str, Call],
-    channels_last: bool,
-) -> Site:
-    call = calls.get(name)
-    if kind == "block":
-        shape = (call.per_image(BATCH) if call else None) or ()
-        dim = _map_channel_dim(shape, channels_last)
-        return Site(name, kind, order, depth, stage, block, {}, shape[0 if dim == 1 else -1], 1, dim, 0)
-    shapes = {
-        local: tuple(tensor.shape)
-        for local, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if tensor.is_floating_point()
-    }
-    dim = channel_dim_of(module, call.output.ndim if call and call.output is not None else None)
-    macs = 0
-    if kind != "norm":
-        macs = round(_positions(name, channels_of(module), calls) * module.get_parameter("weight").numel())
-    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+def _block(module: nn.Module, call: Call, place: dict[str, Any], macs: int, channels_last: bool) -> Site:
+    shape = call.per_image(BATCH) or ()
+    dim = _map_channel_dim(shape, channels_last)
+    channels = shape[0 if dim == 1 else -1]
     return Site(
-        name,
-        kind,
-        order,
-        depth,
-        stage,
-        block,
-        shapes,
-        channels_of(module),
-        groups,
-        dim,
-        macs,
-        call is not None,
+        **place,
+        shapes={},
+        channels=channels,
+        groups=1,
+        channel_dim=dim,
+        macs=macs,
+        positions=prod(shape) // channels,
+        any_length=_takes_any_length(module, call),
     )
+
+
+def _layer(module: nn.Module, call: Call | None, place: dict[str, Any], macs: int, positions: int) -> Site:
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return Site(
+        **place,
+        shapes={local: tuple(tensor.shape) for local, tensor in named if tensor.is_floating_point()},
+        channels=channels_of(module),
+        groups=module.groups if isinstance(module, nn.Conv2d) else 1,
+        channel_dim=channel_dim_of(module, call.output.ndim if call and call.output is not None else None),
+        macs=macs,
+        called=call is not None,
+        positions=positions,
+    )
+
+
+@torch.no_grad()
+def _takes_any_length(module: nn.Module, call: Call) -> bool:
+    """Return whether a module from (B, N, C) to (B, N, C) runs on one token more.
+
+    What knows the places of its tokens (windows, convolutions, rotary and relative positions) does not.
+    """
+    given = call.args[0] if call.args else None
+    if not isinstance(given, Tensor) or call.output is None:
+        return False
+    # What is told of the place of a single token would be broadcast to all.
+    if given.ndim != 3 or given.shape != call.output.shape or given.shape[1] == 1:
+        return False
+    longer = torch.cat([given, given[:, :1]], dim=1)
+    try:
+        output = module(longer, *call.args[1:], **call.kwargs)
+    except Exception:  # blocks of all origins fail in ways of their own
+        return False
+    return isinstance(output, Tensor) and output.shape == longer.shape
 
 
 def _positions(name: str, channels: int, calls: dict[str, Call]) -> float:

@@ -14,7 +14,10 @@ from torch.func import functional_call
 from modmeta.backbone.norm_gradients import differentiate_statistics
 from modmeta.backbone.overrule import overrule, replaced
 
-Slot = Callable[[Tensor, Tensor], Tensor]
+Rerun = Callable[[Tensor], Tensor]
+"""The module that a slot sits on: run again, on another input, in the midst of the same pass."""
+
+Slot = Callable[[Tensor, Tensor, Rerun], Tensor]
 Observer = Callable[[Tensor], Mapping[str, Tensor] | None]
 
 RESUME = "modmeta_resume"  # buffer of the cut module that holds the activations to go on from
@@ -149,8 +152,13 @@ def _hooked_forward(module: nn.Module, slot: Slot | None, observer: Observer | N
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         local = observer(x) if observer is not None else None
-        with replaced(module, local or {}):
-            y: Tensor = plain(x, *args, **kwargs)
-        return slot(x, y) if slot is not None else y
+
+        def run(x: Tensor) -> Tensor:
+            with replaced(module, local or {}):
+                y: Tensor = plain(x, *args, **kwargs)
+            return y
+
+        y = run(x)
+        return slot(x, y, run) if slot is not None else y
 
     return forward

@@ -28,9 +28,12 @@ class Site:
         channels: number of channels of its output.
         groups: 1 except for grouped convolutions.
         channel_dim: axis of the channels in its output: 1 for (B, C, H, W) maps, else -1.
-        macs: multiply-accumulates of its weight in one forward pass, per image at this image size.
+        macs: multiply-accumulates of its weight in one forward pass, per image at this image size; of all
+            layers inside it for a ``block``.
         called: whether the model calls the module. Where it reads the module's weight instead (timm's
             ``F.linear(x, self.qkv.weight)``), overlays act but slots and observers never would.
+        positions: pixels or tokens per image at which it gives its channels, at this image size; 1 or more.
+        any_length: whether it is a ``block`` of (B, N, C) tokens that also takes more of them.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Site:
     channel_dim: int
     macs: int
     called: bool = True
+    positions: int = 1
+    any_length: bool = False
 
 
 @dataclass(frozen=True)

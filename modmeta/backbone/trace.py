@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -20,6 +20,8 @@ class Call:
         count: how often it was called.
         numel: elements of its tensor outputs, over all calls.
         output: its last output when that is one tensor, else None.
+        args: what it was last called with, by position.
+        kwargs: what it was last called with, by name.
     """
 
     entered: int
@@ -27,6 +29,8 @@ class Call:
     count: int = 0
     numel: int = 0
     output: Tensor | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
     def per_image(self, batch: int) -> tuple[int, ...] | None:
         """Return the output's shape without the batch, or None if it is no (B, ...) tensor of one call."""
@@ -48,8 +52,10 @@ def trace(model: nn.Module, images: Tensor) -> dict[str, Call]:
     handles = []
 
     def watch(name: str, module: nn.Module) -> None:
-        def enter(_module: nn.Module, _args: Any) -> None:
-            calls.setdefault(name, Call(entered=next(clock))).count += 1
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = calls.setdefault(name, Call(entered=next(clock)))
+            call.count += 1
+            call.args, call.kwargs = args, kwargs
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             call = calls[name]
@@ -57,7 +63,8 @@ def trace(model: nn.Module, images: Tensor) -> dict[str, Call]:
             call.output = output if isinstance(output, Tensor) else None
             call.numel += output.numel() if isinstance(output, Tensor) else 0
 
-        handles.extend([module.register_forward_pre_hook(enter), module.register_forward_hook(leave)])
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave))
 
     for name, module in model.named_modules():
         watch(name, module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
-from modmeta.adapters import MODULES, Unit, UnitConfig, resolve_units
-from modmeta.backbone import KINDS, Backbone
+from modmeta.adapters import MODULES, Cost, Unit, UnitConfig, resolve_units
+from modmeta.adapters.units import required_options
+from modmeta.backbone import KINDS, Backbone, Site
 from modmeta.commands.arguments import read_yaml
 from modmeta.commands.explain import explain_interpolation
 from modmeta.commands.plugins import import_files, resolve_file
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         f"MACs, {sum(p.numel() for p in backbone.parameters()):,} parameters, {backbone.feature_dim} features"
     )
     if options.units:
-        console().print(units_table(resolve_units(backbone, units)))
+        console().print(units_table(backbone, resolve_units(backbone, units)))
     else:
         console().print(sites_table(backbone))
         console().print(modules_table(backbone))
@@ -65,7 +67,11 @@ def modules_table(backbone: Backbone) -> Table:
         table.add_column(heading, justify="left" if heading == "module" else "right")
     for name in MODULES.names():
         module = MODULES.get(name)
-        if any(module.fits(site) for site in backbone.sites):
+        count = sum(module.fits(site) for site in backbone.sites)
+        needed = required_options(module)
+        if count and needed:
+            table.add_row(name, str(count), f"needs {', '.join(needed)}", "-")
+        elif count:
             (unit,) = resolve_units(backbone, [UnitConfig(name, group="all")])
             table.add_row(name, str(len(unit.sites)), f"{unit.cost.parameters:,}", f"{unit.cost.macs:,}")
         else:
@@ -73,16 +79,38 @@ def modules_table(backbone: Backbone) -> Table:
     return table
 
 
-def units_table(units: tuple[Unit, ...]) -> Table:
-    """Return one row per unit."""
-    table = Table(title=f"{len(units)} units")
-    for heading in ("unit", "kinds", "sites", "depth", "parameters", "added MACs"):
-        table.add_column(heading, justify="left" if heading in ("unit", "kinds") else "right")
+def units_table(backbone: Backbone, units: tuple[Unit, ...]) -> Table:
+    """Return one row per unit and one per site of it.
+
+    The gradient of a step runs through the backbone behind the last cut before the unit or site, and through what
+    that adds itself.
+    """
+    caption = "forward: added to a prediction; backward: what the gradient of a step runs through; per image"
+    table = Table(title=f"{len(units)} units, and their sites", caption=caption)
+    table.add_column("unit, site", overflow="fold")
+    table.add_column("kind")
+    for heading in ("depth", "shape", "parameters", "forward MACs", "backward MACs"):
+        table.add_column(heading, justify="right")
     for unit in units:
         kinds = ", ".join(sorted({site.kind for site in unit.sites}))
-        cells = (f"{unit.depth:.2f}", f"{unit.cost.parameters:,}", f"{unit.cost.macs:,}")
-        table.add_row(unit.name, kinds, str(len(unit.sites)), *cells)
+        depth, sites = f"{unit.depth:.2f}", f"{len(unit.sites)} site{'s' if len(unit.sites) > 1 else ''}"
+        table.add_row(unit.name, kinds, depth, sites, *_counts(backbone, unit, unit.sites, unit.cost), style="bold")
+        modules = unit.build()
+        for site in unit.sites:
+            counts = _counts(backbone, unit, (site,), modules[site.name].cost(site))
+            table.add_row(f"  {site.name}", site.kind, f"{site.depth:.2f}", _shape(site), *counts)
+        table.add_section()
     return table
+
+
+def _counts(backbone: Backbone, unit: Unit, sites: Sequence[Site], cost: Cost) -> tuple[str, str, str]:
+    backward = backbone.macs(backbone.cut_before([site.name for site in sites])) + cost.macs if unit.learns else 0
+    return f"{cost.parameters:,}", f"{cost.macs:,}", f"{backward:,}"
+
+
+def _shape(site: Site) -> str:
+    """Return the shape of a layer's weight, or else of what comes out of the site per image."""
+    return "x".join(map(str, site.shapes.get("weight", (site.positions, site.channels))))
 
 
 def _read_units(path: Path) -> tuple[list[UnitConfig], dict[str, Any]]:

@@ -17,7 +17,8 @@ class IA3(AdapterModule):
 
     Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS
     2022. Keys and values are scaled by the rows of a fused ``qkv`` weight, queries left as they are; hidden units
-    by the columns of the MLP's second layer. Both merge exactly.
+    by the columns of the MLP's second layer. Both merge exactly. A bias of the values that timm keeps beside the
+    layer (BEiT, EVA, SwinV2) stays as it is.
     """
 
     kinds = frozenset({"qkv", "mlp"})

@@ -23,7 +23,7 @@ class LoRA(AdapterModule):
     Args:
         site: the place in the backbone.
         rank: rank of the change, 1 or more; lowered to the weight's own where that is smaller.
-        alpha: strength of the change relative to the weight's typical size, above 0.
+        alpha: strength of the change relative to the weight's typical size, above 0 and finite.
     """
 
     kinds = frozenset({"conv", "pwconv", "qkv", "proj", "mlp"})
@@ -33,8 +33,8 @@ class LoRA(AdapterModule):
         super().__init__(site)
         if rank < 1:
             raise ModmetaError(f"lora: rank must be 1 or more, got {rank}")
-        if not alpha > 0:
-            raise ModmetaError(f"lora: alpha must be above 0, got {alpha}")
+        if not 0 < alpha < math.inf:
+            raise ModmetaError(f"lora: alpha must be above 0 and finite, got {alpha}")
         self.alpha = alpha
         rows, *rest = site.shapes["weight"]
         columns = math.prod(rest)

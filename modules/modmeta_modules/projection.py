@@ -37,8 +37,9 @@ class Projection(AdapterModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the change of the features to them; ``y`` is ``(B, D)``."""
-        low = y if self.rank == y.shape[-1] else y @ self.down.T
-        return y + low @ self.up.T / self.site.channels**0.5
+        width = self.site.channels
+        low = y if self.rank == width else y @ self.down.T / width**0.5
+        return y + low @ self.up.T / self.rank**0.5
 
     def cost(self, site: Site) -> Cost:
         """Count both factors, which are also the multiply-accumulates."""

@@ -57,11 +57,13 @@ def _hosts_untouched() -> Iterator[None]:
 
 @pytest.fixture
 def all_modules() -> Callable[[str], list[UnitConfig]]:
-    """All four modules that ship, as far as the backbone has sites for them."""
+    """A module of every way to act, as far as the backbone has sites for it; the last one is a slot."""
 
     def configs(name: str) -> list[UnitConfig]:
         blend = [UnitConfig("norm_blend")] if name in ("test_efficientnet", "test_resnet") else []
-        return [*blend, UnitConfig("film"), UnitConfig("lora", {"rank": 2}), UnitConfig("projection", {"rank": 4})]
+        prompt = [UnitConfig("prompt", {"length": 2})] if name == "test_vit" else []
+        slots = [UnitConfig("bottleneck"), *prompt, UnitConfig("projection", {"rank": 4})]
+        return [*blend, UnitConfig("film"), UnitConfig("lora", {"rank": 2}), *slots]
 
     return configs
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modmeta.adapters import AdaptedBackbone, AdapterModule, State, UnitConfig, register_module
+from modmeta.adapters import AdaptedBackbone, AdapterModule, Layer, State, UnitConfig, register_module
 from modmeta.adapters.adapted import bind
 from modmeta.backbone import Site
 
@@ -113,6 +113,88 @@ def test_two_modules_on_one_site_act_in_order(make: Make, images: Tensor) -> Non
         state = {name: torch.full_like(t, by[name.partition("@")[0]]) for name, t in on_features.fresh().items()}
         found = on_features(images, state, {unit.name: 1.0 for unit in on_features.units})
         torch.testing.assert_close(found, expected(on_features.backbone(images)))
+
+
+@register_module("test_outer")
+class Outer(AdapterModule):
+    """Adds what its layer gives on twice the input."""
+
+    kinds = frozenset({"block"})
+
+    def __init__(self, site: Site, factor: float) -> None:
+        super().__init__(site)
+        self.factor = factor
+        self.by = nn.Parameter(torch.zeros(()))
+
+    def rerun(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+        return y + self.by * self.factor * layer.run(2 * x)
+
+
+def test_slots_on_one_site_wrap_each_other_in_order(make: Make, images: Tensor) -> None:
+    options = {"names": ["blocks.1.0"], "group": "all"}
+    model = make(
+        "test_efficientnet",
+        UnitConfig("test_outer", {"factor": 1.0}, **options),
+        UnitConfig("test_outer", {"factor": 3.0}, **options),
+    )
+    first, second = (unit.name for unit in model.units)
+    state = {name: torch.ones_like(tensor) for name, tensor in model.fresh().items()}
+
+    def block(gates: Mapping[str, float]) -> nn.Module:
+        plain = copy.deepcopy(model.backbone.model)
+        module = plain.get_submodule("blocks.1.0")
+        run = module.forward
+
+        def inner(x: Tensor) -> Tensor:
+            return run(x) + gates[first] * run(2 * x)
+
+        module.forward = lambda x: inner(x) + gates[second] * 3 * inner(2 * x)
+        return plain
+
+    with torch.no_grad():
+        for gates in ({first: 1.0, second: 1.0}, {first: 0.5, second: 0.25}, {first: 0.0, second: 1.0}):
+            expected = block(gates)(model.backbone.prepare(images))
+            torch.testing.assert_close(model(images, state, gates), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_read_is_the_pass_itself_not_what_a_slot_runs_again(make: Make, images: Tensor) -> None:
+    name = "blocks.1.0"
+    around = UnitConfig("test_outer", {"factor": 1.0}, names=[name], group="all")
+    alone, both = (make("test_efficientnet", UnitConfig("norm_blend", group="all"), *more) for more in ((), (around,)))
+    state = {n: torch.ones_like(t) if n.endswith("|by") else t for n, t in both.fresh().items()}
+    _, expected = alone.observe(images, alone.fresh(), {"norm_blend@all": 1.0})
+    _, found = both.observe(images, state, {unit.name: 1.0 for unit in both.units})
+    inside = [n for n in expected if f"|{name}." in n]
+    assert inside
+    assert all(torch.equal(found[n], expected[n]) for n in inside)
+    assert not all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_gates_rates_and_trainability_are_separate_things(
+    make: Make, all_modules: Configs, move: Move, images: Tensor
+) -> None:
+    model = make("test_vit", *all_modules("test_vit"))
+    names = [unit.name for unit in model.units]
+    learned = {unit.name: model.learned_names(unit) for unit in model.units}
+    before = {unit.name: (unit.rate, unit.gate, unit.learns) for unit in model.units}
+    trained, closed, *_ = names
+    state = move(model)
+    leaves = {name: state[name].requires_grad_() for unit in (trained, closed) for name in learned[unit]}
+    gates = dict.fromkeys(names, 1.0) | {closed: 0.0}
+    features = model(images, state | leaves, gates)
+    found = torch.autograd.grad(features.sum(), list(leaves.values()), allow_unused=True)
+    gradients = dict(zip(leaves, found, strict=True))
+    assert all(gradients[name] is not None for name in learned[trained])
+    assert all(gradients[name] is None for name in learned[closed])
+    # An open unit counts whether it is trained or not; a closed one can be trained again at once.
+    still = model(images, {name: tensor.detach() for name, tensor in state.items()}, gates)
+    assert torch.equal(still, features)
+    assert not still.requires_grad
+    assert model(images, state | leaves, gates | {closed: 0.1}).requires_grad
+    assert {unit.name: (unit.rate, unit.gate, unit.learns) for unit in model.units} == before
+    for unit in model.units:
+        assert all(parameter.requires_grad for module in unit.build().values() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"])

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modmeta.adapters import MODULES, AdapterModule, check_module
+from modmeta.adapters import MODULES, AdapterModule, Layer, check_module
 from modmeta.adapters.module import register_module
 from modmeta.backbone import Site
 
@@ -17,6 +17,8 @@ from modmeta.backbone import Site
     ("name", "options"),
     [
         ("bias", {}),
+        ("bottleneck", {}),
+        ("bottleneck", {"reduction": 1}),
         ("film", {}),
         ("full", {}),
         ("ia3", {}),
@@ -24,6 +26,8 @@ from modmeta.backbone import Site
         ("norm_blend", {}),
         ("projection", {}),
         ("projection", {"rank": None}),
+        ("prompt", {"length": 2}),
+        ("prompt", {"deep": False}),
         ("residual", {}),
         ("scale", {}),
         ("scale", {"per_tap": True}),
@@ -160,12 +164,49 @@ class FitsNowhere(_Gamma):
     requires = frozenset({"no_such_tensor"})
 
 
+class _Around(AdapterModule):
+    """Runs its block again; the broken one keeps what belongs to one pass on the module."""
+
+    kinds = frozenset({"block"})
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.strength = nn.Parameter(torch.zeros(()))
+
+    def rerun(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+        return y + self.strength * (layer.run(2 * x) - y)
+
+
+@register_module("test_sound_around")
+class SoundAround(_Around):
+    pass
+
+
+@register_module("test_remembers")
+class Remembers(_Around):
+    calls: ClassVar[list[int]] = []
+
+    def rerun(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+        self.calls.append(1)
+        return y + self.strength * len(self.calls) * layer.run(x)
+
+
 class Unregistered(_Gamma):
     pass
 
 
-def test_a_sound_module_of_ones_own_conforms() -> None:
-    check_module(Sound, backbones=("test_efficientnet",))
+@pytest.mark.parametrize("sound", [Sound, SoundAround])
+def test_a_sound_module_of_ones_own_conforms(sound: type[AdapterModule]) -> None:
+    check_module(sound, backbones=("test_efficientnet",))
+
+
+def test_a_module_is_tried_where_it_has_a_meaning() -> None:
+    prompt = MODULES.get("prompt")
+    check_module(prompt, length=1)  # among the default backbones, a transformer only
+    with pytest.raises(AssertionError, match="Prompt: contract: none of test_resnet, test_convnext has a site"):
+        check_module(prompt, backbones=("test_resnet", "test_convnext"))
+    with pytest.raises(AssertionError, match=r"FitsNowhere: contract: none of test_resnet, .* has a site that it fits"):
+        check_module(FitsNowhere)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +218,7 @@ def test_a_sound_module_of_ones_own_conforms() -> None:
         (Impure, "pure function of the state"),
         (Detached, "gradients"),
         (Unused, "liveness|gradients: no gradient reaches '.*unused'"),
-        (Alias, "functional call equals attached call: at .*does not read all"),
+        (Alias, "functional call equals attached call: it does not read all"),
         (Unpicklable, "deepcopy and pickle: .*[Pp]ickl"),
         (SharesCopies, "deepcopy and pickle: a deepcopy shares tensors"),
         (WritesHost, "the backbone was changed"),
@@ -187,6 +228,7 @@ def test_a_sound_module_of_ones_own_conforms() -> None:
         (ObservesWrongly, "observe returns '.*mean', which is no buffer"),
         (Nothing, "contract: neither overlay nor forward"),
         (FitsNowhere, "contract: none of test_efficientnet has a site that it fits"),
+        (Remembers, "pure function of the state: two calls with the same state differ"),
         (Unregistered, "contract: the class has no name"),
     ],
 )

@@ -39,6 +39,14 @@ class HalfDead(AdapterModule):
         return {"weight": tensors["weight"] + factor * self.delta}
 
 
+@register_module("test_needs_an_option")
+class NeedsAnOption(AdapterModule):
+    kinds = frozenset({"norm"})
+
+    def __init__(self, site: Site, size: int) -> None:
+        super().__init__(site)
+
+
 @pytest.mark.parametrize("group", ["site", "block", "stage", "all"])
 def test_groups_part_the_sites(group: Any, make: Make) -> None:
     model = make("test_efficientnet", UnitConfig("film", group=group))
@@ -105,6 +113,16 @@ def test_cost_counts_the_tensors(make: Make) -> None:
         (UnitConfig("lora", {"rank": 0}), "rank must be 1 or more, got 0"),
         (UnitConfig("lora", {"alpha": 0.0}), "alpha must be above 0"),
         (UnitConfig("lora", {"alpha": math.nan}), "alpha must be above 0"),
+        (UnitConfig("lora", {"alpha": math.inf}), "alpha must be above 0 and finite"),
+        (UnitConfig("lora", {"rank": "4"}), "option 'rank' of module 'lora' is '4'; give int"),
+        (UnitConfig("lora", {"rank": 2.5}), "option 'rank' of module 'lora' is 2.5; give int"),
+        (UnitConfig("lora", {"rank": True}), "option 'rank' of module 'lora' is True; give int"),
+        (UnitConfig("lora", {"rank": None}), "option 'rank' of module 'lora' is None; give int"),
+        (UnitConfig("projection", {"rank": 1.0}), r"option 'rank' of module 'projection' is 1.0; give int \| None"),
+        (UnitConfig("scale", {"per_tap": 1}), "option 'per_tap' of module 'scale' is 1; give bool"),
+        (UnitConfig("bottleneck", {"reduction": 0}), "reduction must be 1 or more, got 0"),
+        (UnitConfig("test_needs_an_option"), "module 'test_needs_an_option' needs the option 'size'"),
+        (UnitConfig("prompt"), r"'prompt' acts on block, but .* has no such site .*; \d+ are of that kind"),
         (UnitConfig("projection", {"rank": 0}), "rank must be 1 or more"),
         (UnitConfig("projection", {"rank": -1}), "rank must be 1 or more"),
         (UnitConfig("film", kinds=["conv"]), "'film' acts on norm with weight"),
@@ -117,6 +135,22 @@ def test_what_cannot_be_is_one_line(config: UnitConfig, expected: str, make: Mak
     with pytest.raises(ModmetaError, match=expected) as caught:
         make("test_efficientnet", config)
     assert "\n" not in str(caught.value)
+
+
+def test_the_least_prompt_is_one_token(make: Make) -> None:
+    with pytest.raises(ModmetaError, match="prompt: length must be 1 or more, got 0"):
+        make("test_vit", UnitConfig("prompt", {"length": 0}))
+    model = make("test_vit", UnitConfig("prompt", {"length": 1}), UnitConfig("lora", {"alpha": 2}))
+    assert any(tensor.shape == (1, 64) for tensor in model.fresh().values())
+
+
+def test_a_unit_builds_its_modules_together(make: Make) -> None:
+    model = make("test_vit", UnitConfig("prompt", {"deep": False}, group="block"))
+    assert len(model.units) == 6
+    for group, firsts in (("block", 6), ("all", 1)):
+        fresh = make("test_vit", UnitConfig("prompt", {"deep": False}, group=group)).fresh()
+        assert sum(name.endswith("|tokens") for name in fresh) == firsts
+        assert sum(name.endswith("|strength") for name in fresh) == 6
 
 
 @pytest.mark.parametrize("options", [{"gate": -0.1}, {"gate": 1.1}, {"gate": math.nan}, {"rate": 0.0}, {"rate": -1.0}])

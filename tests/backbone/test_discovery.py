@@ -30,6 +30,9 @@ ARCHITECTURES = {
     "edgenext_xx_small": (32, {"qkv": 3, "mlp": 24, "block": 12}),
 }
 
+# Tokens without windows, convolutions, rotary or relative positions.
+ANY_LENGTH = {"vit_tiny_patch16_224", "deit_tiny_patch16_224"}
+
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
@@ -56,7 +59,9 @@ def test_architecture(name, build):
     for site in sites:
         for local, shape in site.shapes.items():
             assert tensors[f"{site.name}.{local}"].shape == shape
-        assert (site.macs > 0) == (site.kind not in ("norm", "block", "features"))
+        assert (site.macs > 0) == (site.kind not in ("norm", "features"))
+        assert site.positions > 0
+        assert site.any_length == (site.kind == "block" and name in ANY_LENGTH)
 
     # Exactness of every cut is what makes it one; here for images that its proof did not see.
     assert len(backbone.cuts) >= 5
@@ -74,10 +79,33 @@ def test_architecture(name, build):
 
 def test_channels_and_their_axis_are_those_of_the_output(backbone, images):
     outputs = {}
-    slots = {site.name: (lambda x, y, name=site.name: outputs.setdefault(name, y)) for site in backbone.sites}
+    slots = {site.name: (lambda x, y, run, name=site.name: outputs.setdefault(name, y)) for site in backbone.sites}
     backbone.run(images, slots=slots)
     for site in backbone.sites:
         assert outputs[site.name].shape[site.channel_dim] == site.channels
+        assert outputs[site.name].numel() == len(images) * site.positions * site.channels
+
+
+def test_macs_of_a_block_are_those_of_the_layers_inside(backbone):
+    layers = [site for site in backbone.sites if site.kind != "block"]
+    for block in (site for site in backbone.sites if site.kind == "block"):
+        assert block.macs == sum(site.macs for site in layers if site.name.startswith(f"{block.name}."))
+    assert backbone.macs() == sum(site.macs for site in layers)
+
+
+def test_a_block_of_any_length_really_takes_more_tokens(get, images):
+    backbone = get("test_vit")
+    lengths = []
+
+    def slot(x, y, run):
+        longer = torch.cat([x, torch.zeros(len(x), 7, x.shape[-1])], dim=1)
+        lengths.append(run(longer).shape[1] - y.shape[1])
+        return y
+
+    blocks = [site.name for site in backbone.sites if site.any_length]
+    assert len(blocks) == 6
+    assert torch.equal(backbone.run(images, slots=dict.fromkeys(blocks, slot)), backbone(images))
+    assert lengths == [7] * 6
 
 
 def test_macs_of_known_layers(get):
@@ -101,7 +129,7 @@ def test_weights_that_are_read_and_never_called_are_sites(build):
         features = backbone(images, {f"{site.name}.weight": weight})
     assert torch.autograd.grad(features.square().sum(), weight)[0].abs().sum() > 0
     with pytest.raises(ModmetaError, match="never calls site"):
-        backbone.run(images, slots={site.name: lambda x, y: y})
+        backbone.run(images, slots={site.name: lambda x, y, run: y})
 
 
 def test_group_norm_and_stages(get):

@@ -1,5 +1,7 @@
 """Slots and observers."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,14 +13,14 @@ def test_slots_change_the_output_of_their_site_only(backbone, images):
     block = next(site for site in backbone.sites if site.kind == "block")
     seen = {}
 
-    def slot(x, y):
+    def slot(x, y, run):
         seen["shapes"] = x.shape, y.shape
         return y * 2
 
     changed = backbone.run(images, slots={block.name: slot})
     assert not torch.equal(changed, backbone(images))
     assert seen["shapes"][1][0] == len(images)
-    assert torch.equal(backbone.run(images, slots={block.name: lambda x, y: y}), backbone(images))
+    assert torch.equal(backbone.run(images, slots={block.name: lambda x, y, run: y}), backbone(images))
 
 
 def test_slot_equals_a_forward_hook_on_the_model(get, images):
@@ -28,7 +30,21 @@ def test_slot_equals_a_forward_hook_on_the_model(get, images):
     with torch.no_grad():
         expected = backbone.model(backbone.prepare(images))
     handle.remove()
-    assert torch.equal(backbone.run(images, slots={"blocks.1": lambda x, y: y + x.tanh()}), expected)
+    assert torch.equal(backbone.run(images, slots={"blocks.1": lambda x, y, run: y + x.tanh()}), expected)
+
+
+def test_a_slot_may_run_its_module_again_under_the_same_overlay(get, images, change):
+    backbone = get("test_vit")
+    overlay = change(backbone)
+    edited = copy.deepcopy(backbone.model)
+    edited.load_state_dict(overlay, strict=False)
+    module = edited.get_submodule("blocks.1")
+    module.register_forward_hook(lambda m, args, y: y + m.forward(args[0].flip(1)))
+    with torch.no_grad():
+        expected = edited(backbone.prepare(images))
+    slots = {"blocks.1": lambda x, y, run: y + run(x.flip(1))}
+    assert torch.equal(backbone.run(images, overlay, slots=slots), expected)
+    assert not torch.equal(backbone(images, overlay), expected)
 
 
 def test_observers_replace_tensors_for_one_call(get, images):
@@ -58,7 +74,7 @@ def test_gradients_flow_through_slots_and_observers(get, images):
     scale = torch.ones(32, requires_grad=True)
     features = backbone.run(
         images,
-        slots={"layer1.0": lambda x, y: y * scale.view(1, -1, 1, 1)},
+        slots={"layer1.0": lambda x, y, run: y * scale.view(1, -1, 1, 1)},
         observers={"layer1.0.bn1": lambda x: {"weight": scale * 1.5}},
     )
     (gradient,) = torch.autograd.grad(features.sum(), scale)
@@ -86,7 +102,7 @@ def test_a_slot_may_run_the_backbone_again(get, images):
     plain = backbone(images)
     seen = []
 
-    def slot(x, y):
+    def slot(x, y, run):
         seen.append(backbone(images))
         return y * 2
 
@@ -99,11 +115,11 @@ def test_errors_leave_nothing_behind(get, images):
     backbone = get("test_resnet")
     plain = backbone(images)
     with pytest.raises(ZeroDivisionError):
-        backbone.run(images, {"bn1.weight": torch.zeros(32)}, slots={"layer1.0": lambda x, y: 1 / 0})
+        backbone.run(images, {"bn1.weight": torch.zeros(32)}, slots={"layer1.0": lambda x, y, run: 1 / 0})
     with pytest.raises(ModmetaError, match="did you mean 'running_mean'"):
         backbone.run(images, observers={"bn1": lambda x: {"runing_mean": x.mean((0, 2, 3))}})
     with pytest.raises(ModmetaError, match="unknown site"):
-        backbone.run(images, slots={"layer1": lambda x, y: y})
+        backbone.run(images, slots={"layer1": lambda x, y, run: y})
     assert torch.equal(backbone(images), plain)
 
 

@@ -1,8 +1,7 @@
 """Each module that ships, against what it is said to compute, on a plain timm model."""
 
 import copy
-from functools import cache
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,36 +11,11 @@ from torch import Tensor, nn
 from modmeta.adapters import AdaptedBackbone, State, UnitConfig
 from modmeta.backbone import Backbone
 
-
-@cache
-def host(name: str) -> Backbone:
-    backbone = Backbone(name, pretrained=False, image_size=32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            if parameter.ndim == 1:  # no branch closed, no norm trivial
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-        for module in backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.copy_(0.3 * torch.randn(module.num_features, generator=generator))
-                module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
-    return backbone
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def build(name: str, module: str, **options: Any) -> tuple[AdaptedBackbone, State]:
-    model = AdaptedBackbone(host(name), [UnitConfig(module, options, group="all")])
-    generator = torch.Generator().manual_seed(2)
-    state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.fresh().items()}
-    return model, state
+Build = Callable[..., tuple[AdaptedBackbone, State]]
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet_gn", "test_vit", "test_convnext"])
-def test_film_scales_and_shifts_every_norm(name: str, images: Tensor) -> None:
+def test_film_scales_and_shifts_every_norm(name: str, images: Tensor, build: Build) -> None:
     model, state = build(name, "film")
     (unit,) = model.units
     plain = copy.deepcopy(model.backbone.model)
@@ -58,7 +32,7 @@ def test_film_scales_and_shifts_every_norm(name: str, images: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"])
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 1.0), (3, 2.0)])
-def test_lora_adds_a_product_of_low_rank(name: str, rank: int, alpha: float, images: Tensor) -> None:
+def test_lora_adds_a_product_of_low_rank(name: str, rank: int, alpha: float, images: Tensor, build: Build) -> None:
     model, state = build(name, "lora", rank=rank, alpha=alpha)
     (unit,) = model.units
     plain = copy.deepcopy(model.backbone.model)
@@ -75,7 +49,7 @@ def test_lora_adds_a_product_of_low_rank(name: str, rank: int, alpha: float, ima
         assert float((expected - model.backbone(images)).abs().max()) > 1e-2 * float(expected.abs().max())
 
 
-def test_lora_of_a_small_weight_has_that_weights_rank() -> None:
+def test_lora_of_a_small_weight_has_that_weights_rank(build: Build) -> None:
     model, _ = build("test_efficientnet", "lora", rank=1000)
     for name, tensor in model.fresh().items():
         _, site, part = name.split("|")
@@ -84,13 +58,13 @@ def test_lora_of_a_small_weight_has_that_weights_rank() -> None:
 
 
 @pytest.mark.parametrize(("name", "rank"), [("test_resnet", 4), ("test_vit", None), ("test_vit", 10_000)])
-def test_projection_is_a_matrix(name: str, rank: int | None, images: Tensor) -> None:
+def test_projection_is_a_matrix(name: str, rank: int | None, images: Tensor, build: Build) -> None:
     model, state = build(name, "projection", rank=rank)
     (unit,) = model.units
     width = model.backbone.feature_dim
     up = state[f"{unit.name}|features|up"]
-    down = state.get(f"{unit.name}|features|down", torch.eye(width))
-    matrix = torch.eye(width) + up @ down / width**0.5
+    down = state.get(f"{unit.name}|features|down", torch.eye(width) * width**0.5)
+    matrix = torch.eye(width) + up @ down / (up.shape[1] * width) ** 0.5
     for gate in (1.0, 0.4):
         gated = torch.eye(width) + gate * (matrix - torch.eye(width))
         expected = (gated @ model.backbone(images).T).T
@@ -120,7 +94,7 @@ def with_statistics_of(backbone: Backbone, support: Tensor) -> nn.Module:
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 @torch.no_grad()
 def test_norm_blend_at_gate_one_is_the_supports_own_statistics(
-    name: str, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    name: str, images: Tensor, monkeypatch: pytest.MonkeyPatch, build: Build
 ) -> None:
     monkeypatch.setattr(norm_blend, "_FLOOR", 0.0)  # exact but for the floor under small variances
     model, _ = build(name, "norm_blend")
@@ -137,7 +111,7 @@ def test_norm_blend_at_gate_one_is_the_supports_own_statistics(
 
 
 @torch.no_grad()
-def test_norm_blend_blends_gamma_and_beta_and_observes_under_its_own_gate(images: Tensor) -> None:
+def test_norm_blend_blends_gamma_and_beta_and_observes_under_its_own_gate(images: Tensor, build: Build) -> None:
     model, _ = build("test_efficientnet", "norm_blend")
     (unit,) = model.units
     _, full = model.observe(images, model.fresh(), {unit.name: 1.0})
@@ -157,7 +131,7 @@ def test_norm_blend_blends_gamma_and_beta_and_observes_under_its_own_gate(images
 
 
 @torch.no_grad()
-def test_norm_blend_of_the_sources_own_statistics_changes_nothing(images: Tensor) -> None:
+def test_norm_blend_of_the_sources_own_statistics_changes_nothing(images: Tensor, build: Build) -> None:
     model, _ = build("test_efficientnet", "norm_blend")
     host_ = copy.deepcopy(model.backbone)
     host_.model.load_state_dict(with_statistics_of(model.backbone, images).state_dict())
@@ -168,7 +142,7 @@ def test_norm_blend_of_the_sources_own_statistics_changes_nothing(images: Tensor
 
 
 @torch.no_grad()
-def test_norm_blend_of_a_channel_that_is_silent_keeps_the_next_image_within_bounds() -> None:
+def test_norm_blend_of_a_channel_that_is_silent_keeps_the_next_image_within_bounds(build: Build) -> None:
     model, _ = build("test_efficientnet", "norm_blend")
     gates = {model.units[0].name: 1.0}
     _, observed = model.observe(torch.zeros(1, 3, 32, 32), model.fresh(), gates)
@@ -178,7 +152,7 @@ def test_norm_blend_of_a_channel_that_is_silent_keeps_the_next_image_within_boun
     assert all(float(variance.min()) > 4e-4 for variance in variances)
 
 
-def test_residual_is_a_parallel_1x1_convolution(images: Tensor) -> None:
+def test_residual_is_a_parallel_1x1_convolution(images: Tensor, build: Build) -> None:
     model, state = build("test_resnet", "residual")
     (unit,) = model.units
     plain = copy.deepcopy(model.backbone.model)
@@ -195,7 +169,7 @@ def test_residual_is_a_parallel_1x1_convolution(images: Tensor) -> None:
         assert float((expected - model.backbone(images)).abs().max()) > 1e-2 * float(expected.abs().max())
 
 
-def test_ia3_scales_keys_values_and_hidden_units(images: Tensor) -> None:
+def test_ia3_scales_keys_values_and_hidden_units(images: Tensor, build: Build) -> None:
     model, state = build("test_vit", "ia3")
     (unit,) = model.units
     assert {site.name.rpartition(".")[2] for site in unit.sites} == {"qkv", "fc2"}
@@ -216,7 +190,7 @@ def test_ia3_scales_keys_values_and_hidden_units(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("per_tap", [False, True])
-def test_scale_multiplies_depthwise_kernels(per_tap: bool, images: Tensor) -> None:
+def test_scale_multiplies_depthwise_kernels(per_tap: bool, images: Tensor, build: Build) -> None:
     model, state = build("test_efficientnet", "scale", per_tap=per_tap)
     (unit,) = model.units
     plain = copy.deepcopy(model.backbone.model)
@@ -229,7 +203,7 @@ def test_scale_multiplies_depthwise_kernels(per_tap: bool, images: Tensor) -> No
     assert unit.cost.parameters == (weights if per_tap else sum(site.channels for site in unit.sites))
 
 
-def test_full_reaches_every_weight_and_bias_of_its_layers() -> None:
+def test_full_reaches_every_weight_and_bias_of_its_layers(build: Build) -> None:
     model, state = build("test_vit", "full")
     (unit,) = model.units
     changed = model.overlay(state, {unit.name: 1.0})
@@ -240,7 +214,7 @@ def test_full_reaches_every_weight_and_bias_of_its_layers() -> None:
     assert unit.cost.parameters == sum(tensors[name].numel() for name in layers)
 
 
-def test_bias_shifts_biases_only() -> None:
+def test_bias_shifts_biases_only(build: Build) -> None:
     model, state = build("test_efficientnet", "bias")
     (unit,) = model.units
     changed = model.overlay(state, {unit.name: 1.0})
