@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 from modmeta import __version__
-from modmeta.commands.options import LIGHTNING, PARSERS, lightning_help
+from modmeta.commands.options import COMPARE_HELP, PARSERS, lightning_help
 from modmeta.errors import ModmetaError, unknown
 
 COMMANDS = {
@@ -17,6 +17,8 @@ COMMANDS = {
     "test": "measure a checkpoint on the test episodes",
     "adapt": "adapt to the images of one folder and write an adapter file with its card",
     "predict": "classify the images of a folder with an adapter file",
+    "export": "merge an adapter file into its backbone, for timm, torch.export or ONNX",
+    "compare": "run any systems on the same frozen episodes and report their paired differences",
     "modules": "list the adapter modules and where they act on a backbone",
 }
 USER_ERROR = 2
@@ -60,12 +62,14 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    if name not in LIGHTNING:
+    if name in PARSERS:
         options = PARSERS[name]().parse_args(rest)
         return int(import_module(f"modmeta.commands.{name}").run(options))
     if "-h" in rest or "--help" in rest:
-        print(lightning_help(name))
+        print(COMPARE_HELP if name == "compare" else lightning_help(name))
         return 0
+    if name == "compare":
+        return int(import_module("modmeta.commands.compare").run(rest))
     return int(import_module("modmeta.commands.fit").run(name, rest))
 
 

@@ -26,8 +26,10 @@ ALLOWED = {
     "learners": {"adaptation", "adapters", "backbone", "data"},
     "evaluation": {"learners", "adaptation", "adapters", "backbone", "data"},
     "monitoring": {"adaptation", "adapters", "backbone", "data"},
-    "serving": {"adapters", "backbone"},
-    "commands": {"cli", "evaluation", "learners", "adaptation", "adapters", "backbone", "data", "__init__"},
+    "serving": {"adaptation", "adapters", "backbone", "__init__"},  # a host answers with the adapters' heads
+    "commands": {
+        "cli", "evaluation", "serving", "learners", "adaptation", "adapters", "backbone", "data", "__init__",
+    },
     "cli": {"commands", "__init__"},
     "__main__": {"cli"},
 }

@@ -9,9 +9,6 @@ from typing import NoReturn
 
 from modmeta.errors import ModmetaError, nearest
 
-LIGHTNING = ("fit", "validate", "test")
-"""Commands whose options are those of Lightning's command line and the user's classes."""
-
 _LIGHTNING_HELP = """\
 usage: modmeta {name} --config FILE [--KEY VALUE ...]
 
@@ -47,6 +44,33 @@ def lightning_help(name: str) -> str:
     """Return the short help of ``fit``, ``validate`` or ``test``."""
     summary, checkpoint = _SUMMARIES[name]
     return _LIGHTNING_HELP.format(name=name, summary=summary, checkpoint=checkpoint)
+
+
+COMPARE_HELP = """\
+usage: modmeta compare --config FILE [--KEY VALUE ...]
+
+Run any number of systems on the same frozen episodes and report their paired differences. The same command again
+goes on where it stopped; systems may be added and episodes increased.
+
+  --config FILE            a YAML file of the keys below, such as configs/compare/quickstart.yaml; may be repeated
+  --modules FILE.py        a file with your own modules, learners or systems; may be repeated
+  --manifest FILE          use the episodes.json of another comparison
+  --report-only            measure nothing, report what was measured
+  --checkpoints FILE       the checkpoint of a fit, or a mapping from each test domain to its own
+  --systems.NAME.*         system: its registered name, and its options
+  --episodes INT           draws per domain and number of shots
+  --shots LIST             support images per class
+  --flipped_labels SHARE   of the support labels turned into another class
+  --unlabelled BOOL        give the systems no labels
+  --reference NAME         the system that gains and harm are relative to
+  --differences LIST       pairs of systems to compare; default: each with the reference
+  --oracles.NAME LIST      the best of some systems per episode, in hindsight
+  --best_constant.NAME LIST  the best of some systems per number of shots, in hindsight
+  --data.*                 root, test_domains, image_size, ways, queries, cache_dir, ...
+  --output DIR             the folder to write; default: runs/compare/ and the configuration's name
+  --seed INT               seed of episodes, flipped labels and bootstrap
+  --accelerator NAME       cpu or cuda
+  --help-all               every option with its type and default"""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -105,6 +129,25 @@ def predict_parser() -> OneLineParser:
     return parser
 
 
+def export_parser() -> OneLineParser:
+    """Return the parser of ``export``."""
+    parser = _parser("export", "Merge an adapter file into its backbone and write what needs no modmeta to run.")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE.ckpt", help="the checkpoint that was adapted")
+    parser.add_argument("--adapter", required=True, metavar="FILE.safetensors", help="what adapt wrote")
+    parser.add_argument(
+        "--format", required=True, choices=("state_dict", "torch_export", "onnx"),
+        help="tensors for timm.create_model (.safetensors), or a graph for torch.export (.pt2) or ONNX (.onnx)",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--input", choices=("uint8", "float32"), default="uint8",
+        help="images that a graph takes: uint8 in 0..255 or float32 in 0..1; default: uint8",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.set_defaults(accelerator="cpu")
+    return parser
+
+
 def modules_parser() -> OneLineParser:
     """Return the parser of ``modules``."""
     parser = _parser("modules", "List the adapter modules and, for a backbone, where they act and what they cost.")
@@ -121,5 +164,6 @@ def modules_parser() -> OneLineParser:
 PARSERS: dict[str, Callable[[], OneLineParser]] = {
     "adapt": adapt_parser,
     "predict": predict_parser,
+    "export": export_parser,
     "modules": modules_parser,
 }
