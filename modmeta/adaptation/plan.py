@@ -83,10 +83,22 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """Rebuild a plan from :meth:`to_dict`."""
-        tensors = {name: torch.tensor(value) for name, value in data.items() if name != "units"}
+        """Rebuild a plan from :meth:`to_dict`.
+
+        Raises:
+            ValueError: if an entry is missing, unknown, or not of the shape that the units ask for.
+        """
+        tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in data.items() if name != "units"}
         if not data["units"]:  # a list without rows does not say how wide they were
             tensors |= {"rates": torch.zeros(0, 0), "bank": torch.zeros(0, 1)}
+        if tensors.keys() != {field.name for field in fields(cls)} - {"units"}:
+            raise ValueError(f"its entries are {', '.join(sorted(data))[:100]}")
+        for name, tensor in tensors.items():
+            rows = {"ridge": 0, "gain": 0, "gain_log_variance": 0, "rates": 2, "bank": 2}.get(name, 1)
+            if tensor.ndim != rows or (rows and len(tensor) != len(data["units"])):
+                raise ValueError(f"its {name} has shape {tuple(tensor.shape)} for {len(data['units'])} units")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"its {name} holds a number that is not finite")
         return cls(units=tuple(data["units"]), **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from modmeta.adaptation.heads import Classifier
 from modmeta.adaptation.plan import Plan
 from modmeta.adapters import State
+from modmeta.adapters.adapter_file import HEAD, AdapterFile
+from modmeta.errors import ModmetaError
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,36 @@ class Adapted:
     classifier: Classifier
     classes: tuple[str, ...]
     report: dict[str, Any] = field(default_factory=dict)
+
+    def to_file(self, provenance: dict[str, Any]) -> AdapterFile:
+        """Return what an adapter file keeps of it, without gradients.
+
+        Args:
+            provenance: where it comes from, as plain data.
+        """
+        return AdapterFile(
+            classes=self.classes,
+            plan=self.plan.to_dict(),
+            state={name: tensor.detach() for name, tensor in self.state.items()},
+            classifier={name: getattr(self.classifier, name).detach() for name in HEAD},
+            head={"normalize": self.classifier.normalize},
+            provenance=provenance,
+        )
+
+    @classmethod
+    def from_file(cls, file: AdapterFile, device: torch.device | str = "cpu") -> Adapted:
+        """Rebuild what :meth:`to_file` returned, on ``device``.
+
+        Raises:
+            ModmetaError: if the plan or the head's options are malformed.
+        """
+        try:
+            with torch.device(device):
+                plan = Plan.from_dict(file.plan)
+        except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+            raise ModmetaError(f"the adapter file's plan is malformed ({error}); write it again with adapt") from error
+        if file.head.keys() != {"normalize"} or not isinstance(file.head["normalize"], bool):
+            raise ModmetaError("the adapter file's head needs 'normalize', true or false, and nothing else")
+        classifier = {name: tensor.to(device) for name, tensor in file.classifier.items()}
+        state = {name: tensor.to(device) for name, tensor in file.state.items()}
+        return cls(state, plan, Classifier(**classifier, normalize=file.head["normalize"]), file.classes)

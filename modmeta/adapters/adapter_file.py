@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -16,19 +17,19 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from modmeta.adapters.adapted import AdaptedBackbone, State
+from modmeta.adapters.header import MAX_HEADER, canonical, checksum, parse, read_header, refuse, shown
+from modmeta.adapters.module import MODULES
 from modmeta.adapters.units import Unit
-from modmeta.errors import ModmetaError
+from modmeta.errors import ModmetaError, unknown
 from modmeta.files import write_atomically
 
-FORMAT = 1
-MAX_BYTES = 512 * 2**20
-MAX_HEADER = 2**20
+FORMAT = 2
 HEAD = ("weight", "bias", "center", "scale")
 """Tensors of the classifier: logits are ``scale * ((features - center) @ weight + bias)``."""
 
 _SCHEMA = {
     "format": int, "backbone": dict, "units": list, "classes": list, "head": dict, "plan": dict,
-    "provenance": dict, "tensors": str,
+    "provenance": dict, "tensors": str, "checksum": str,
 }  # fmt: skip
 
 
@@ -52,6 +53,14 @@ class AdapterFile:
     head: dict[str, Any]
     provenance: dict[str, Any]
 
+    def holding(self, tensors: Mapping[str, Tensor]) -> AdapterFile:
+        """Return the content with other tensors, by their names in a file."""
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "head": {}}
+        for name, tensor in tensors.items():
+            part, _, own = name.partition(":")
+            parts[part][own] = tensor
+        return replace(self, state=parts["state"], classifier=parts["head"])
+
 
 def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile) -> str:
     """Write an adapter file, whole or not at all; the same content always gives the same bytes.
@@ -65,125 +74,174 @@ def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile
         the SHA-256 of its tensors.
 
     Raises:
-        ModmetaError: if a number is not finite or the file cannot be written.
+        ModmetaError: if the content could not be read again, as a number is not finite or a tensor does not fit the
+            model, or if the file cannot be written.
     """
-    active = _active(content.plan)
-    tensors = {f"state:{name}": tensor for name, tensor in content.state.items() if name.partition("|")[0] in active}
-    tensors |= {f"head:{name}": content.classifier[name] for name in HEAD}
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ModmetaError(f"the adaptation diverged: {name} is not finite; nothing was written")
-    digest = _digest(tensors)
+    tensors = checked_tensors(content, model)
+    if (fault := _fault_of_classes(content.classes)) is not None:
+        raise ModmetaError(f"nothing was written: {fault}")
     metadata = {
         "format": FORMAT,
-        "backbone": _identity(model),
+        "backbone": _identity(model, model.backbone.fingerprint()),
         "units": [_describe(unit) for unit in model.units],
         "classes": list(content.classes),
         "head": content.head,
         "plan": content.plan,
         "provenance": content.provenance,
-        "tensors": digest,
+        "tensors": tensor_digest(tensors),
     }
     try:
-        text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = canonical(metadata | {"checksum": checksum(metadata)})
     except ValueError as error:
-        raise ModmetaError("the adaptation's plan holds a number that is not finite; nothing was written") from error
+        raise ModmetaError("nothing was written: the plan holds a number that is not finite") from error
     # One key only: with more, their order would differ from process to process.
-    write_atomically(path, save(tensors, {"modmeta": text}))
-    return digest
+    data = save(tensors, {"modmeta": text})
+    if int.from_bytes(data[:8], "little") > MAX_HEADER:
+        raise ModmetaError("the adaptation has too many sites to be described in one file; let fewer sites adapt")
+    write_atomically(path, data)
+    return str(metadata["tensors"])
 
 
-def read_adapter(path: str | Path, model: AdaptedBackbone) -> AdapterFile:
-    """Read an adapter file for ``model``; every check comes before any tensor is used.
+def checked_tensors(content: AdapterFile, model: AdaptedBackbone) -> dict[str, Tensor]:
+    """Return the tensors that a file of ``content`` holds, by their names in it.
+
+    Raises:
+        ModmetaError: if ``model`` lacks a unit, or a tensor is missing, of another shape or not finite.
+    """
+    units = {unit.name: unit for unit in model.units}
+    active = _active(content.plan)
+    for name in active:
+        if name not in units:
+            raise unknown("unit", name, units, where="the adaptation")
+    own = {f"state:{name}": t for name, t in content.state.items() if name.partition("|")[0] in active}
+    own |= {f"head:{name}": tensor for name, tensor in content.classifier.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, shape in _expected(model, [units[name] for name in active], len(content.classes)).items():
+        if name not in own or tuple(own[name].shape) != shape:
+            found = tuple(own[name].shape) if name in own else "missing"
+            raise ModmetaError(f"the adaptation does not fit the units: tensor {name!r} is {found}, not {shape}")
+        if not torch.isfinite(own[name]).all():
+            raise ModmetaError(f"the adaptation diverged: tensor {name!r} is not finite")
+        tensors[name] = own[name].detach().to("cpu", torch.float32).contiguous()
+    return tensors
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return ``"sha256:..."`` over tensors on the CPU, their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_adapter(path: str | Path, model: AdaptedBackbone, fingerprint: str | None = None) -> AdapterFile:
+    """Read an adapter file for ``model``; what the header says is checked before any tensor is read.
+
+    Args:
+        path: the file.
+        model: the backbone and units that it must be for.
+        fingerprint: that of the model's backbone where it is known already; finding it reads every weight.
 
     Raises:
         ModmetaError: if the file is damaged, of another format, or for another model.
     """
     file = Path(path)
-    header, data = _read(file)
+    try:
+        if not file.is_file():
+            raise ModmetaError(f"adapter file {file} does not exist; write one with adapt")
+        with file.open("rb") as stream:
+            return _read(file, stream, model, fingerprint)
+    except OSError as error:
+        raise ModmetaError(f"adapter file {file} cannot be read ({error.strerror})") from error
+
+
+def _read(file: Path, stream: BinaryIO, model: AdaptedBackbone, fingerprint: str | None) -> AdapterFile:
+    header = read_header(file, stream)
+    begin = stream.tell()
     metadata = _metadata(file, header)
-    for what, ours in _identity(model).items():
+    for what, ours in _identity(model, fingerprint or model.backbone.fingerprint()).items():
         theirs = metadata["backbone"].get(what)
         if theirs != ours:
             raise ModmetaError(
-                f"adapter file {file} is for another backbone: its {what} is {theirs}, that of this checkpoint {ours}"
+                f"adapter file {file} is for another backbone: its {what} is {shown(theirs)}, "
+                f"that of this checkpoint {ours}"
             )
     active = _active_units(file, metadata, model)
     expected = _expected(model, active, len(metadata["classes"]))
-    found = {
-        name: (entry.get("dtype"), tuple(entry.get("shape", ())))
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    found = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in header.items()}
     for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != ("F32", expected.get(name)):
-            have, want = found.get(name, "missing"), expected.get(name, "known")
-            _refuse(file, f"tensor {name!r} is {have}, not {want}")
+        shape = expected.get(name)
+        if shape is None or found.get(name) != ("F32", list(shape)):
+            have, want = shown(found.get(name, "missing")), "known" if shape is None else ("F32", shape)
+            refuse(file, f"tensor {shown(name)!r} is {have}, not {want}")
+    size = 4 * sum(math.prod(shape) for shape in expected.values())
+    if os.fstat(stream.fileno()).st_size != begin + size:
+        refuse(file, "it is damaged: its size is not that of its tensors; write it again with adapt")
+    stream.seek(0)
     try:
-        tensors = load(data)
+        tensors = load(stream.read(begin + size))
     except SafetensorError as error:
-        raise ModmetaError(f"adapter file {file} is damaged ({error}); write it again with adapt") from error
-    if _digest(tensors) != metadata["tensors"]:
-        _refuse(file, "its tensors do not have the checksum that they were written with")
+        refuse(file, f"it is damaged ({error}); write it again with adapt")
+    if tensor_digest(tensors) != metadata["tensors"]:
+        refuse(file, "its tensors do not have the checksum that they were written with")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            _refuse(file, f"tensor {name!r} is not finite")
-    return AdapterFile(
-        classes=tuple(metadata["classes"]),
-        plan=metadata["plan"],
-        state={name.removeprefix("state:"): t for name, t in tensors.items() if name.startswith("state:")},
-        classifier={name.removeprefix("head:"): t for name, t in tensors.items() if name.startswith("head:")},
-        head=metadata["head"],
-        provenance=metadata["provenance"],
-    )
-
-
-def _read(file: Path) -> tuple[dict[str, Any], bytes]:
-    """Return the header and all bytes of a file whose size and first bytes are as they should be."""
-    if not file.is_file():
-        raise ModmetaError(f"adapter file {file} does not exist; write one with adapt")
-    if file.stat().st_size > MAX_BYTES:
-        _refuse(file, f"it has more than {MAX_BYTES // 2**20} MB")
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
-        pickled = data.startswith((b"PK", b"\x80"))
-        _refuse(file, "it is a pickled file, which may hold code" if pickled else "it is no safetensors file")
-    return _json(file, data[8 : 8 + length]), data
+            refuse(file, f"tensor {name!r} is not finite")
+    plain = {name: metadata[name] for name in ("plan", "head", "provenance")}
+    return AdapterFile(classes=tuple(metadata["classes"]), state={}, classifier={}, **plain).holding(tensors)
 
 
 def _metadata(file: Path, header: dict[str, Any]) -> dict[str, Any]:
-    outer = header.get("__metadata__")
+    """Take modmeta's metadata out of the header, which leaves the tensors' entries."""
+    outer = header.pop("__metadata__", None)
     if not isinstance(outer, dict) or set(outer) != {"modmeta"} or not isinstance(outer["modmeta"], str):
-        _refuse(file, "it is a safetensors file, but not of modmeta")
-    metadata = _json(file, outer["modmeta"].encode())
-    if isinstance(metadata.get("format"), int) and metadata["format"] > FORMAT:
-        _refuse(file, f"its format {metadata['format']} is newer than this version of modmeta knows")
+        refuse(file, "it is a safetensors file, but not of modmeta")
+    if not all(isinstance(entry, dict) for entry in header.values()):
+        refuse(file, "its header is malformed")
+    metadata = parse(file, outer["modmeta"].encode())
+    if metadata.get("format") != FORMAT:
+        refuse(file, f"its format is {metadata.get('format')}, not {FORMAT}, which this version reads; adapt again")
     for key, kind in _SCHEMA.items():
         if not isinstance(metadata.get(key), kind):
-            _refuse(file, f"its entry {key!r} is missing or of the wrong type")
-    classes = metadata["classes"]
-    if not all(isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable() for name in classes):
-        _refuse(file, "a class name is not printable text of at most 256 characters")
-    if not all(isinstance(entry, dict) for entry in header.values()):
-        _refuse(file, "its header is malformed")
+            refuse(file, f"its entry {key!r} is missing or of the wrong type")
+    if canonical(metadata) != outer["modmeta"]:
+        refuse(file, "its metadata is not in the form in which modmeta writes it")
+    if checksum({key: value for key, value in metadata.items() if key != "checksum"}) != metadata["checksum"]:
+        refuse(file, "its metadata does not have the checksum that it was written with")
+    if (fault := _fault_of_classes(metadata["classes"])) is not None:
+        refuse(file, fault)
     return metadata
 
 
+def _fault_of_classes(classes: Sequence[Any]) -> str | None:
+    if not all(isinstance(name, str) and 0 < len(name) <= 256 and name.isprintable() for name in classes):
+        return "a class name is not printable text of at most 256 characters"
+    if not classes or len(set(classes)) < len(classes):
+        return "its class names are not distinct, or there is none"
+    return None
+
+
 def _active_units(file: Path, metadata: dict[str, Any], model: AdaptedBackbone) -> list[Unit]:
-    local = {unit.name: unit for unit in model.units}
-    stored = {unit.get("name"): unit for unit in metadata["units"] if isinstance(unit, dict)}
-    plan = metadata["plan"]
+    plan, units = metadata["plan"], metadata["units"]
     names, gates = plan.get("units"), plan.get("gates")
     if not isinstance(names, list) or not isinstance(gates, list) or len(gates) != len(names):
-        _refuse(file, "its plan does not give a gate for every unit")
-    if not all(isinstance(gate, (int, float)) and math.isfinite(gate) for gate in gates):
-        _refuse(file, "a gate of its plan is no number")
+        refuse(file, "its plan does not give a gate for every unit")
+    if not all(type(gate) in (int, float) and 0 <= gate <= 1 for gate in gates):
+        refuse(file, "a gate of its plan is no number in 0..1")
+    stored = {unit["name"]: unit for unit in units if isinstance(unit, dict) and isinstance(unit.get("name"), str)}
+    if len(stored) < len(units) or names != list(stored):
+        refuse(file, "its plan and its list of units do not agree")
+    local = {unit.name: unit for unit in model.units}
     active = _active(plan)
     for name in active:
-        if name not in local or stored.get(name) != json.loads(json.dumps(_describe(local[name]))):
-            _refuse(file, f"the checkpoint has no such unit {name!r} with the same module, options and sites")
+        module = stored[name].get("module")
+        if not isinstance(module, str) or module not in MODULES:
+            advice = "install its package or give its file with --modules"
+            refuse(file, f"it needs the adapter module {shown(module)!r}, which is unknown here; {advice}")
+        if name not in local or canonical(stored[name]) != canonical(_describe(local[name])):
+            refuse(file, f"the checkpoint has no such unit {shown(name)!r} with the same module, options and sites")
     return [local[name] for name in active]
 
 
@@ -203,46 +261,11 @@ def _active(plan: Mapping[str, Any]) -> list[str]:
     return [name for name, gate in zip(plan["units"], plan["gates"], strict=True) if gate > 0]
 
 
-def _identity(model: AdaptedBackbone) -> dict[str, Any]:
+def _identity(model: AdaptedBackbone, fingerprint: str) -> dict[str, Any]:
     backbone = model.backbone
-    return {
-        "name": backbone.name,
-        "preprocessing": backbone.preprocessing,
-        "fingerprint": backbone.fingerprint(),
-    }
+    return {"name": backbone.name, "preprocessing": backbone.preprocessing, "fingerprint": fingerprint}
 
 
 def _describe(unit: Unit) -> dict[str, Any]:
     sites = [site.name for site in unit.sites]
     return {"name": unit.name, "module": unit.module.name, "options": unit.options, "sites": sites}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _json(file: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number")
-
-    try:
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ModmetaError(f"adapter file {file} is refused: its header is no valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        _refuse(file, "its header is malformed")
-    return found
-
-
-def _refuse(file: Path, why: str) -> NoReturn:
-    raise ModmetaError(f"adapter file {file} is refused: {why}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Bank(nn.Module):
     def __init__(self, model: AdaptedBackbone) -> None:
         super().__init__()
         self._fresh = model.fresh()
+        self._width = model.backbone.feature_dim
         self._names_of = {unit.name: model.learned_names(unit) for unit in model.units}
         self.names = [name for names in self._names_of.values() for name in names]
         self.prior = nn.ParameterList([nn.Parameter(self._fresh[name].clone()) for name in self.names])
@@ -34,9 +35,7 @@ class Bank(nn.Module):
 
     def initial(self) -> State:
         """Return the universal initial state; its learned tensors carry gradients to the bank."""
-        device = self.prior[0].device if len(self.prior) else None
-        state = {name: tensor.to(device) for name, tensor in self._fresh.items()}
-        return state | dict(zip(self.names, self.prior, strict=True))
+        return self._fresh | dict(zip(self.names, self.prior, strict=True))
 
     def blend(self, unit: Unit, domains: Iterable[str], weights: Tensor) -> State:
         """Return the unit's initial tensors as a weighted sum of the prior and specialists.
@@ -73,14 +72,16 @@ class Bank(nn.Module):
                 one the specialist is there to be looked up and blended, but no policy will choose it.
 
         Raises:
-            ModmetaError: if the state is of other units or holds a number that is not finite.
+            ModmetaError: if the state is of other units, or it or the mean holds a number that is not finite.
         """
         for name in self.names:
             if name not in state or state[name].shape != self._fresh[name].shape:
                 raise ModmetaError(f"bank: the state for domain {domain!r} does not fit unit tensor {name!r}")
             if not torch.isfinite(state[name]).all():
                 raise ModmetaError(f"bank: the state for domain {domain!r} is not finite in {name!r}")
-        self.specialists[domain] = {name: state[name].detach().clone() for name in self.names}
+        if mean is not None and (mean.shape != (self._width,) or not torch.isfinite(mean).all()):
+            raise ModmetaError(f"bank: the mean for domain {domain!r} must be {self._width} finite numbers")
+        self.specialists[domain] = {n: state[n].detach().to(self._fresh[n].device, copy=True) for n in self.names}
         self.means.pop(domain, None)
         if mean is not None:
             self.means[domain] = mean.detach().clone()
@@ -96,10 +97,18 @@ class Bank(nn.Module):
         return {"specialists": self.specialists, "means": self.means}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the specialists from a ``state_dict``."""
-        # Copies: a bank that is filled from another one must not change with it.
-        self.specialists = {
-            domain: {name: tensor.clone() for name, tensor in specialist.items()}
-            for domain, specialist in state["specialists"].items()
-        }
-        self.means = {domain: mean.clone() for domain, mean in state["means"].items()}
+        """Take copies of the specialists from a ``state_dict``.
+
+        Raises:
+            ModmetaError: if one is of other units or holds a number that is not finite.
+        """
+        self.specialists, self.means = {}, {}
+        for domain, specialist in state["specialists"].items():
+            self.add(domain, specialist, state["means"].get(domain))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # These are no parameters or buffers, whose number a state_dict would fix, but they move with them.
+        self._fresh = {name: fn(tensor) for name, tensor in self._fresh.items()}
+        self.specialists = {d: {name: fn(t) for name, t in state.items()} for d, state in self.specialists.items()}
+        self.means = {domain: fn(mean) for domain, mean in self.means.items()}
+        return super()._apply(fn, recurse)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from modmeta.adaptation import Adapted, Support
-from modmeta.adapters.adapter_file import HEAD, AdapterFile, write_adapter
+from modmeta.adapters.adapter_file import write_adapter
 from modmeta.commands.images import find_images, load_images
 from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
@@ -32,15 +32,7 @@ def run(options: argparse.Namespace) -> int:
     with torch.no_grad():  # adaptation switches gradients on where it needs them
         adapted = learner.adapt(support)
     seconds = time.perf_counter() - begin
-    content = AdapterFile(
-        classes=adapted.classes,
-        plan=adapted.plan.to_dict(),
-        state=adapted.state,
-        classifier={name: getattr(adapted.classifier, name) for name in HEAD},
-        head={"normalize": adapted.classifier.normalize},
-        provenance=provenance(support),
-    )
-    write_adapter(output, learner.model, content)
+    write_adapter(output, learner.model, adapted.to_file(provenance(support)))
     card = make_card(learner, support, adapted, seconds)
     files = write_card(output, card)
     console().print(card_table(card))

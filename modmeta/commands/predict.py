@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from modmeta.adaptation import Adapted, Classifier, Plan
-from modmeta.adapters.adapter_file import AdapterFile, read_adapter
+from modmeta.adaptation import Adapted
+from modmeta.adapters.adapter_file import read_adapter
 from modmeta.commands.images import find_images, load_images
 from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         raise ModmetaError(f"--abstain-below must lie in 0..1, got {options.abstain_below}")
     paths = find_images(options.images)
     learner = load(options)
-    adapted = restore(read_adapter(options.adapter, learner.model), learner.device)
+    adapted = Adapted.from_file(read_adapter(options.adapter, learner.model), learner.device)
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -48,20 +48,3 @@ def run(options: argparse.Namespace) -> int:
     write_atomically(options.output, table.getvalue().encode())
     print(f"{Path(options.output)}: {len(paths)} images, {abstained} abstained")
     return 0
-
-
-def restore(file: AdapterFile, device: torch.device) -> Adapted:
-    """Return the adaptation that an adapter file holds.
-
-    Raises:
-        ModmetaError: if its plan is malformed.
-    """
-    try:
-        with torch.device(device):
-            plan = Plan.from_dict(file.plan)
-        normalize = bool(file.head["normalize"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise ModmetaError(f"the adapter file's plan is malformed ({error}); write it again with adapt") from error
-    classifier = {name: tensor.to(device) for name, tensor in file.classifier.items()}
-    state = {name: tensor.to(device) for name, tensor in file.state.items()}
-    return Adapted(state, plan, Classifier(**classifier, normalize=normalize), file.classes)

@@ -6,13 +6,15 @@ import os
 import pickle
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from modmeta.adapters import AdaptedBackbone, UnitConfig
-from modmeta.adapters.adapter_file import AdapterFile, read_adapter, write_adapter
+from modmeta.adapters.adapter_file import FORMAT, AdapterFile, read_adapter, tensor_digest, write_adapter
+from modmeta.adapters.header import canonical, checksum
 from modmeta.backbone import Backbone
 from modmeta.errors import ModmetaError
 
@@ -96,6 +98,12 @@ def test_a_folder_that_does_not_exist(model: AdaptedBackbone, content: AdapterFi
         write_adapter(tmp_path / "nowhere" / "a.safetensors", model, content)
 
 
+def signed(metadata: dict[str, Any]) -> str:
+    """Return metadata as a file holds it, with the checksum that belongs to it."""
+    metadata = {key: value for key, value in metadata.items() if key != "checksum"}
+    return canonical(metadata | {"checksum": checksum(metadata)})
+
+
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -103,10 +111,8 @@ def damage(path: Path, how: str) -> None:
 
     def with_metadata(**changes: object) -> bytes:
         full = json.loads(header)
-        metadata = json.loads(full["__metadata__"]["modmeta"]) | changes
-        full["__metadata__"]["modmeta"] = json.dumps(metadata)
-        text = json.dumps(full).encode()
-        return len(text).to_bytes(8, "little") + text + body
+        full["__metadata__"]["modmeta"] = signed(json.loads(full["__metadata__"]["modmeta"]) | changes)
+        return with_header(json.dumps(full).encode())
 
     def with_header(text: bytes) -> bytes:
         return len(text).to_bytes(8, "little") + text + body
@@ -139,15 +145,37 @@ def damage(path: Path, how: str) -> None:
         case "not JSON":
             data = with_header(b"{]" + header)
         case "newer format":
-            data = with_metadata(format=2)
+            data = with_metadata(format=FORMAT + 1)
+        case "older format":
+            data = with_metadata(format=1)
+        case "edited text":
+            data = data.replace(b"sketch", b"sketsh")
+        case "no number":
+            data = with_header(header.replace(b"0.1]", b"1e999]", 1))
+        case "half a surrogate pair":
+            data = with_metadata(provenance={"domain": "\ud800"})
+        case "spelled differently":
+            full = json.loads(header)
+            full["__metadata__"]["modmeta"] += " "
+            data = with_header(json.dumps(full).encode())
+        case "another encoding":
+            data = with_header(header.decode().encode("utf-16"))
+        case "a gate of text":
+            data = with_metadata(plan={"units": ["film@all", "projection@features"], "gates": ["1", 0.0]})
+        case "a gate too wide":
+            data = with_metadata(plan={"units": ["film@all", "projection@features"], "gates": [2, 0.0]})
+        case "unknown module":
+            units = json.loads(json.loads(header)["__metadata__"]["modmeta"])["units"]
+            data = with_metadata(units=[units[0] | {"module": "stretch"}, units[1]])
+        case "a class twice":
+            data = with_metadata(classes=["cat", "dog", "cat"])
         case "no plan":
             data = with_metadata(plan={})
-        case "gate not a number":
-            data = with_metadata(plan={"units": ["film@all"], "gates": ["1"]})
         case "unknown unit":
             data = with_metadata(plan={"units": ["lora@all"], "gates": [1.0]})
         case "other options":
-            data = with_metadata(units=[])
+            units = json.loads(json.loads(header)["__metadata__"]["modmeta"])["units"]
+            data = with_metadata(units=[units[0] | {"options": {"rank": 3}}, units[1]])
         case "more units active":
             plan = json.loads(json.loads(header)["__metadata__"]["modmeta"])["plan"]
             data = with_metadata(plan=plan | {"gates": [0.5, 0.5]})
@@ -180,10 +208,19 @@ def damage(path: Path, how: str) -> None:
         ("two metadata keys", "not of modmeta"),
         ("double key", "occurs twice"),
         ("not JSON", "no valid JSON"),
-        ("newer format", "newer than this version"),
+        ("newer format", "its format is 3, not 2"),
+        ("older format", "its format is 1, not 2"),
+        ("edited text", "its metadata does not have the checksum"),
+        ("no number", "no finite number"),
+        ("half a surrogate pair", "no valid JSON"),
+        ("spelled differently", "not in the form"),
+        ("another encoding", "no valid JSON"),
+        ("unknown module", "needs the adapter module 'stretch', which is unknown here"),
+        ("a class twice", "not distinct"),
         ("no plan", "does not give a gate"),
-        ("gate not a number", "no number"),
-        ("unknown unit", "no such unit 'lora@all'"),
+        ("a gate of text", r"no number in 0\.\.1"),
+        ("a gate too wide", r"no number in 0\.\.1"),
+        ("unknown unit", "plan and its list of units do not agree"),
         ("other options", "no such unit 'film@all'"),
         ("more units active", "'missing'|missing"),
         ("fewer classes", "head:bias"),
@@ -202,17 +239,60 @@ def test_damaged_and_foreign_files_are_refused(how: str, expected: str, written:
 
 
 def test_a_tensor_that_is_not_finite_is_refused(written: Path, model: AdaptedBackbone) -> None:
-    from modmeta.adapters import adapter_file
-
     data = bytearray(written.read_bytes())
     data[-4:] = b"\x00\x00\xc0\x7f"  # a NaN in place of the last number
     length = int.from_bytes(data[:8], "little")
-    tensors = adapter_file.load(bytes(data))
-    digest = adapter_file._digest(tensors)
-    metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["modmeta"]) | {"tensors": digest}
-    written.write_bytes(save(tensors, {"modmeta": json.dumps(metadata)}))
+    tensors = load(bytes(data))
+    metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["modmeta"])
+    written.write_bytes(save(tensors, {"modmeta": signed(metadata | {"tensors": tensor_digest(tensors)})}))
     with pytest.raises(ModmetaError, match="is not finite"):
         read_adapter(written, model)
+
+
+@pytest.mark.parametrize("classes", [("cat", "cat", "emu"), ("cat", "dog", "a\nb"), ("cat", "dog", "")])
+def test_what_could_not_be_read_is_not_written(
+    classes: tuple[str, ...], model: AdaptedBackbone, content: AdapterFile, tmp_path: Path
+) -> None:
+    with pytest.raises(ModmetaError, match="nothing was written"):
+        write_adapter(tmp_path / "a.safetensors", model, AdapterFile(**{**vars(content), "classes": classes}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_tensor_is_read_before_the_header_is_found_right(
+    written: Path, model: AdaptedBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(data: bytes) -> None:
+        raise AssertionError(f"{len(data)} bytes were taken for tensors")
+
+    monkeypatch.setattr("modmeta.adapters.adapter_file.load", never)
+    with pytest.raises(AssertionError, match="taken for tensors"):
+        read_adapter(written, model)
+    with written.open("ab") as stream:
+        stream.truncate(2**33)  # a hole of 8 GB, which no disk has to hold and nobody may read
+    with pytest.raises(ModmetaError, match="size is not that of its tensors"):
+        read_adapter(written, model)
+
+
+def test_what_a_message_shows_of_a_file_is_short_and_printable(written: Path, model: AdaptedBackbone) -> None:
+    data = written.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = json.loads(header["__metadata__"]["modmeta"])
+    metadata["backbone"]["fingerprint"] = "\x1b[31m\n" + 10_000 * "a"
+    header["__metadata__"]["modmeta"] = signed(metadata)
+    text = json.dumps(header).encode()
+    written.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ModmetaError, match="another backbone") as caught:
+        read_adapter(written, model)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 800
+
+
+def test_a_folder_is_no_file(tmp_path: Path, model: AdaptedBackbone) -> None:
+    with pytest.raises(ModmetaError, match="does not exist"):
+        read_adapter(tmp_path, model)
+    with pytest.raises(ModmetaError, match="cannot be read"):
+        read_adapter(tmp_path / ("a" * 300), model)
 
 
 def test_another_backbone_is_refused(written: Path) -> None:

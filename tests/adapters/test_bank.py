@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +138,58 @@ def test_states_of_other_units_are_refused(bank: Bank, make: Make, move: Move) -
         bank.add("art", move(make("test_efficientnet", UnitConfig("film"))))
     with pytest.raises(ModmetaError, match="does not fit unit tensor"):
         bank.add("art", move(make("test_convnext", UnitConfig("film"), UnitConfig("projection"))))
+
+
+def test_it_moves_as_a_whole(model: AdaptedBackbone, bank: Bank, move: Move) -> None:
+    bank.add("new", move(model), torch.rand(model.backbone.feature_dim))
+    bank.double()
+    tensors = [*bank.initial().values(), *bank.specialist("new").values(), *bank.means.values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float64}
+    unit = next(unit for unit in model.units if unit.learns)
+    assert {t.dtype for t in bank.blend(unit, ["new"], torch.tensor([0.5, 0.5]).double()).values()} == {torch.float64}
+
+
+def test_a_file_brings_everything_back(model: AdaptedBackbone, bank: Bank, move: Move, tmp_path: Path) -> None:
+    bank.add("new", move(model), torch.rand(model.backbone.feature_dim))
+    torch.save(bank.state_dict(), tmp_path / "bank.pt")
+    other = Bank(model)
+    other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    assert other.specialists.keys() == bank.specialists.keys()
+    assert other.visible() == ["new"]
+    unit, weights = next(unit for unit in model.units if unit.learns), torch.tensor([0.2, 0.3, 0.5])
+    for name, tensor in bank.blend(unit, ["art", "new"], weights).items():
+        assert torch.equal(other.blend(unit, ["art", "new"], weights)[name], tensor)
+
+
+def test_a_damaged_or_foreign_specialist_is_not_taken_from_a_file(model: AdaptedBackbone, bank: Bank) -> None:
+    saved = bank.state_dict()
+    for damaged in ({}, {name: torch.full_like(t, math.nan) for name, t in bank.specialist("art").items()}):
+        saved["_extra_state"] = {"specialists": {"art": damaged}, "means": {}}
+        with pytest.raises(ModmetaError, match="domain 'art'"):
+            Bank(model).load_state_dict(saved)
+
+
+def test_a_new_domains_specialist_is_usable_at_once(model: AdaptedBackbone, bank: Bank, move: Move) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    gates = {unit.name: 1.0 for unit in model.units}
+
+    def features(*weights: float) -> torch.Tensor:
+        parts = [bank.blend(unit, ["art", "new"], torch.tensor(weights)) for unit in model.units]
+        blended = {name: tensor for part in parts for name, tensor in part.items()}
+        with torch.no_grad():
+            return model(images, model.fresh() | blended, gates)
+
+    bank.add("new", move(model, seed=9))
+    with torch.no_grad():
+        alone = model(images, model.fresh() | bank.specialist("new"), gates)
+        plain = model.backbone(images)
+    assert torch.equal(features(0.0, 0.0, 1.0), alone)
+    assert torch.equal(features(1.0, 0.0, 0.0), plain)
+    assert not torch.equal(features(0.0, 0.5, 0.5), alone)
+    bank.remove("new")
+    with pytest.raises(ModmetaError, match="unknown domain of the bank 'new'"):
+        features(1.0, 0.0, 0.0)
+    mean = torch.full((model.backbone.feature_dim,), math.nan)
+    with pytest.raises(ModmetaError, match="mean"):
+        bank.add("new", move(model), mean)
+    assert "new" not in bank.specialists
