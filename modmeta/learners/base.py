@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from modmeta.adaptation import DivergedError
-from modmeta.data import Episode, SourceBatch
+from modmeta.data import Episode, ImageStore, SourceBatch
 from modmeta.errors import ModmetaError
 from modmeta.learners.checkpoint import check, describe, plain
 from modmeta.learners.feature_cache import FeatureCache
@@ -99,7 +99,16 @@ class MetaLearner(EpisodeMeasuring):
     def _open_cache(self) -> None:
         store = getattr(getattr(self.trainer, "datamodule", None), "store", None)
         if store is not None:
-            self._cache = FeatureCache(self.model, len(store), store.key, self.cache_dir)
+            self.keep_features(store, self.cache_dir)
+
+    def keep_features(self, store: ImageStore, folder: str | None = None) -> None:
+        """Compute what the frozen backbone makes of each image of a store only once.
+
+        Args:
+            store: the images whose rows ``ids`` of :meth:`prior_features` and :meth:`logits` mean.
+            folder: where to keep features; None keeps them in memory.
+        """
+        self._cache = FeatureCache(self.model, len(store), store.key, folder)
 
     def measure_sources(self) -> None:
         """Measure the source domains under the frozen backbone, the same on every rank."""
