@@ -14,7 +14,7 @@ from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms
 from modmeta.adaptation.support import Adapted, Support
-from modmeta.adaptation.update_rules import UPDATE_RULES
+from modmeta.adaptation.update_rules import UPDATE_RULES, UpdateRule
 from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, stratified_folds, tempered_losses
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "SourceStatistics",
     "SourceView",
     "Support",
+    "UpdateRule",
     "Verdict",
     "candidates",
     "inner_loop",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modmeta.adaptation.plan import Plan
+from modmeta.adaptation.update_rules import UpdateRule
 from modmeta.adapters import AdaptedBackbone, State, Unit
 from modmeta.backbone import second_order_safe
 from modmeta.errors import ModmetaError
@@ -26,6 +27,7 @@ def inner_loop(
     loss: Callable[[Tensor], Tensor] | None,
     *,
     statistics: State | None = None,
+    rule: UpdateRule | None = None,
     second_order: bool = False,
     trust: float = 0.5,
 ) -> tuple[State, list[float]]:
@@ -45,6 +47,7 @@ def inner_loop(
         images: support images ``(S, 3, H, W)``.
         loss: from support features ``(S, D)`` to a scalar; None where nothing may learn (no labels).
         statistics: what :func:`read_statistics` gave for these images, where that is known already.
+        rule: may change the plan's rates and decays at every step; None leaves them alone.
         second_order: differentiate through the directions too.
         trust: bound on the root mean square distance of a unit from its initial value.
 
@@ -65,6 +68,7 @@ def inner_loop(
         hidden = images if start is None else model(images, detached(state), still, stop=start)
     names = {unit.name: model.learned_names(unit) for unit in learners}
     losses: list[float] = []
+    outside = torch.is_grad_enabled()
     # A step needs gradients even where the caller (a test loop) has switched them off.
     with torch.enable_grad(), second_order_safe() if second_order else nullcontext():
         for step in range(plan.steps):
@@ -81,9 +85,14 @@ def inner_loop(
             losses.append(float(value.detach()))
             found = torch.autograd.grad(value, list(leaves.values()), create_graph=second_order, allow_unused=True)
             gradients = dict(zip(leaves, found, strict=True))
+            rates, decays = plan.rates[:, step], plan.decay
+            if rule is not None:
+                seen = here if second_order else detached(here)
+                with torch.set_grad_enabled(outside):
+                    rates, decays = rule.at_step(plan, step, seen, gradients)
             for unit in learners:
                 row = plan.index(unit.name)
-                rate, decay = plan.rates[row, step], plan.decay[row]
+                rate, decay = rates[row], decays[row]
                 state = state | _step(unit, names[unit.name], initial, state, gradients, rate, decay, trust, step)
     return state, losses
 

@@ -216,6 +216,7 @@ class ModularMetaLearner(MetaLearner):
             support.images,
             loss,
             statistics=statistics,
+            rule=self.rule,
             second_order=self.second_order,
             trust=self.trust,
         )

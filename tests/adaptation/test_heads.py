@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
 from modmeta.adaptation import HEADS, Anchor, Head
 
-NAMES = ("prototype", "cosine", "ridge", "anchored_ridge")
+NAMES = ("prototype", "cosine", "ridge", "anchored_ridge", "mahalanobis")
 shapes = st.fixed_dictionaries(
     {
         "counts": st.lists(st.integers(1, 5), min_size=2, max_size=5),
@@ -153,6 +154,54 @@ def test_means_held_out_leave_each_image_out_of_its_own_class(shape: dict) -> No
             cosine[i, c] = 3 * F.cosine_similarity(unit[i], unit[members].mean(0), dim=0)
     torch.testing.assert_close(head("prototype").held_out(x, y, ways), prototype)
     torch.testing.assert_close(head("cosine").held_out(x, y, ways), cosine, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Only one sample")
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes, factor=st.sampled_from([0.5, 1.0, 4.0]))
+def test_mahalanobis_is_scikit_learns_discriminant_analysis(shape: dict, factor: float) -> None:
+    x, y, ways = support(**shape)
+    q, width = query(shape["width"]), shape["width"]
+    within = sum(((x[y == c] - x[y == c].mean(0)) ** 2).sum() for c in range(ways)) / len(x) / width
+    added = 0.4 * factor * ((x - x.mean(0)) ** 2).sum() / len(x) / width
+    ridge = torch.tensor(factor, dtype=torch.double)
+    found = head("mahalanobis").fit(x, y, ways, None, ridge)(q) / 3
+    if within > 0:
+        # Its covariance is (1 - s) W + s tr(W) / D, ours W + l tr(T) / D: the same up to a factor.
+        shrinkage = float(added / (added + within))
+        counts = torch.bincount(y)  # it pools by the priors, so these must be the shares of the classes
+        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=(counts / len(y)).numpy())
+        model.fit(x.numpy(), y.numpy())
+        scores = torch.from_numpy(q.numpy() @ model.coef_.T + model.intercept_)
+        if ways == 2:  # it gives the difference of the two
+            scores = torch.cat([torch.zeros(len(q), 1), scores.reshape(-1, 1)], dim=1)
+            prior = (counts[1] / counts[0]).log() * torch.tensor([0.0, 1.0])
+        else:
+            prior = (counts / len(y)).log()
+        expected = 2 * (1 - shrinkage) * (scores - prior) / width
+    else:
+        expected = head("prototype").fit(x, y, ways)(q) / 3 / (0.4 * factor)
+    center = expected.mean(1, keepdim=True)
+    torch.testing.assert_close(found - found.mean(1, keepdim=True), expected - center, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes)
+def test_mahalanobis_held_out_is_a_refit_without_each_image(shape: dict) -> None:
+    x, y, ways = support(**shape)
+    width = shape["width"]
+    ridge = 0.4 * ((x - x.mean(0)) ** 2).sum() / len(x)  # the yardstick is that of the whole support
+    rows = []
+    for i in range(len(y)):
+        means, scatter = [], torch.zeros(width, width, dtype=torch.double)
+        for c in range(ways):
+            members = [j for j in range(len(y)) if int(y[j]) == c and j != i] or [i]  # a class of one image keeps it
+            means.append(x[members].mean(0))
+            scatter += (x[members] - means[-1]).T @ (x[members] - means[-1])
+        covariance = width * scatter / (len(y) - 1) + ridge * torch.eye(width, dtype=torch.double)
+        rows.append(torch.stack([-3 * (x[i] - m) @ torch.linalg.solve(covariance, x[i] - m) for m in means]))
+    found = head("mahalanobis").held_out(x, y, ways)
+    torch.testing.assert_close(found, torch.stack(rows), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

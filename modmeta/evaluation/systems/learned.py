@@ -1,0 +1,132 @@
+"""What meta-training learned: the checkpoint's own adaptation, or that of another checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from modmeta.adaptation import Adapted, Plan, Support, candidates, stratified_folds
+from modmeta.errors import ModmetaError, unknown
+from modmeta.evaluation.systems.cost import backward_macs
+from modmeta.evaluation.systems.system import Outcome, System, Task, register_system
+from modmeta.learners import MetaLearner, ModularMetaLearner, load_learner
+
+L = TypeVar("L", bound=MetaLearner)
+
+
+@register_system("learner")
+class LearnerSystem(System):
+    """The adaptation of a checkpoint: the policy, or a rule that was meta-trained in its place.
+
+    Args:
+        overrides: arguments of the learner to set otherwise, such as ``{"veto": false}`` or ``{"budget": 0.3}``.
+        shuffled: give the policy the indicators of another episode of the comparison.
+        checkpoint: of a learner that was trained elsewhere on the same backbone and source domains; None takes the
+            one that the comparison tests.
+    """
+
+    def __init__(
+        self, overrides: dict[str, Any] | None = None, shuffled: bool = False, checkpoint: str | None = None
+    ) -> None:
+        self.overrides = overrides or {}
+        self.shuffled = shuffled
+        self.checkpoint = checkpoint
+
+    def prepare(self, learner: MetaLearner) -> None:
+        """Load the other checkpoint, if there is one, and set the attributes.
+
+        Raises:
+            ModmetaError: if it is of another backbone or other sources, or if an override does not fit.
+        """
+        own = learner
+        if self.checkpoint is not None:
+            own = load_learner(self.checkpoint).to(learner.device)
+            _check_comparable(own, learner, self.checkpoint)
+        if self.shuffled and not isinstance(own, ModularMetaLearner):
+            raise ModmetaError("learner: only a ModularMetaLearner has indicators to shuffle; leave shuffled out")
+        own = _view(own)
+        for name, value in self.overrides.items():
+            _override(own, name, value)
+        super().prepare(own)
+
+    def adapt(self, task: Task) -> Outcome:
+        """Let the learner adapt."""
+        learner = self.learner
+        if self.shuffled:
+            assert isinstance(learner, ModularMetaLearner)
+            if task.another is None:
+                raise ModmetaError("learner: shuffled needs another episode of the comparison, and there is none")
+            learner = _view(learner)
+            learner._modules["indicators"] = _Fixed(*learner.indicators(learner.situate(task.another())))
+        adapted = learner.adapt(task.support)
+        active = learner.model.active(adapted.plan.gate_of())
+        return Outcome(
+            lambda query: learner.logits(adapted, query.episode.query, query.query_ids),
+            sum(unit.cost.parameters for unit in active),
+            learner_backward_macs(learner, task.support, adapted),
+        )
+
+
+class _Fixed(nn.Module):
+    """Indicators that do not depend on the situation."""
+
+    needs_gradients = False
+
+    def __init__(self, whole: Tensor, each: Tensor) -> None:
+        super().__init__()
+        self.values = whole, each
+
+    def forward(self, situation: object) -> tuple[Tensor, Tensor]:
+        return self.values
+
+
+def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapted) -> int:
+    """Return the multiply-accumulates of all backward passes of an adaptation: indicators, veto and inner loop."""
+    if support.labels is None:
+        return 0
+    model, count = learner.model, len(support.images)
+    total = backward_macs(model, model.active(adapted.plan.gate_of()), count, adapted.plan.steps)
+    if not isinstance(learner, ModularMetaLearner):
+        return total
+    if learner.indicators.needs_gradients:
+        total += backward_macs(model, model.units, count, 2)  # one per half
+    if learner.veto:
+        plan = Plan.from_dict(adapted.report["plan"])
+        known = bool(learner.sources.view(support.hidden).anchor(support.classes).known.all())
+        folds = stratified_folds(support.labels, learner.veto_folds, known and learner.head.anchored)
+        reading = [unit.name for unit in model.units if unit.reads and not unit.learns]
+        for tried in candidates(plan, reading).values():
+            open_units = model.active(tried.gate_of())
+            total += sum(backward_macs(model, open_units, len(rest), tried.steps) for rest, _ in folds)
+    return total
+
+
+def _view(learner: L) -> L:
+    """Return a learner with the same parts whose attributes can be set without changing the original's."""
+    view = copy.copy(learner)
+    view._modules = dict(learner._modules)
+    return view
+
+
+def _override(learner: MetaLearner, name: str, value: Any) -> None:
+    known = [each for each in inspect.signature(type(learner).__init__).parameters if each in vars(learner)]
+    if name not in known:
+        raise unknown("argument of the learner to override", name, known)
+    before = getattr(learner, name)
+    allowed = (int, float) if type(before) is float else (type(before),)
+    if type(value) not in allowed:
+        raise ModmetaError(f"overrides: {name} is {value!r}; give {allowed[-1].__name__}")
+    setattr(learner, name, value)
+
+
+def _check_comparable(own: MetaLearner, tested: MetaLearner, path: str) -> None:
+    if own.model.backbone.fingerprint() != tested.model.backbone.fingerprint():
+        raise ModmetaError(f"checkpoint {path} has another backbone than the one that is tested; train it on the same")
+    if set(own.sources.domains) != set(tested.sources.domains):
+        raise ModmetaError(
+            f"checkpoint {path} was trained on domains {', '.join(own.sources.domains)}, the one that is tested on "
+            f"{', '.join(tested.sources.domains)}; give one of the same"
+        )
