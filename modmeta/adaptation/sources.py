@@ -121,7 +121,9 @@ class SourceStatistics(nn.Module):
             labels.setdefault(domain, []).append(target.to(x.device))
             moments.setdefault(domain, []).append((len(x), mean, variance))
         self.domains, self.classes = tuple(features), tuple(classes)
-        xs = {domain: torch.cat(chunks) for domain, chunks in features.items()}
+        scaled = backbone.calibrate(torch.cat([chunk for chunks in features.values() for chunk in chunks]))
+        counts = [sum(map(len, chunks)) for chunks in features.values()]
+        xs = dict(zip(features, scaled.split(counts), strict=True))
         ys = {domain: torch.cat(chunks) for domain, chunks in labels.items()}
         self._keep(
             mean=torch.stack([x.mean(0) for x in xs.values()]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from modmeta.backbone.pool import ShellPool
 from modmeta.backbone.preprocessing import prepare, preprocessing_of
 from modmeta.backbone.shell import Observer, Slot, call, hooked, resume_at, share, stop_at
 from modmeta.backbone.site import Site
+from modmeta.backbone.taps import tap
 from modmeta.backbone.weights import create, first_line
 from modmeta.errors import ModmetaError, unknown
 
@@ -35,18 +36,30 @@ class Backbone(nn.Module):
             or ``.bin`` file, False for random weights.
         image_size: height and width of the images in pixels; None for the model's default.
         seed: what random weights are a function of.
+        taps: modules whose output the features hold, too: see :func:`modmeta.backbone.taps.tap`.
 
     Attributes:
         name: the name given.
+        taps: the taps given.
         image_size: height and width of the images, in pixels.
         feature_dim: length of a feature vector.
+        segments: lengths of its parts: the model's own features, and those of every tap.
         preprocessing: image size, mean, std, interpolation and crop share that the weights expect.
 
     Raises:
         ModmetaError: if the name is unknown, the size does not suit the model, or the weights cannot be had.
     """
 
-    def __init__(self, name: str, pretrained: bool | str, image_size: int | None = None, seed: int = 0) -> None:
+    tap_scale: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool | str,
+        image_size: int | None = None,
+        seed: int = 0,
+        taps: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         if image_size is not None and image_size < 1:
             raise ModmetaError(f"image_size of backbone {name!r} is {image_size}; give a number of pixels")
@@ -58,7 +71,12 @@ class Backbone(nn.Module):
         self._shapes = {key: tensor.shape for key, tensor in self.tensors().items()}
         self._anatomy: Anatomy | None = None
         self._shells = ShellPool()
-        self.feature_dim: int = self._measure()
+        self.own_dim: int = self._measure()
+        self.taps = tuple(taps)
+        tap(self.model, self.taps)
+        self.feature_dim: int = self._measure() if self.taps else self.own_dim
+        if self.taps:
+            self.register_buffer("tap_scale", torch.ones(self.feature_dim - self.own_dim))
 
     # -- anatomy
 
@@ -104,9 +122,31 @@ class Backbone(nn.Module):
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {name: tensor.detach() for name, tensor in named}
 
-    def fingerprint(self) -> str:
-        """Return ``"sha256:..."`` over architecture, tensors and preprocessing."""
-        return fingerprint(self.name.partition(".")[0], self.tensors(), self.preprocessing)
+    def fingerprint(self, calibrated: bool = True) -> str:
+        """Return ``"sha256:..."`` over architecture, tensors, preprocessing and, if ``calibrated``, the taps' scale."""
+        architecture = "+".join([self.name.partition(".")[0], *self.taps])
+        scale = {"tap_scale": self.tap_scale} if self.taps and calibrated else {}
+        return fingerprint(architecture, self.tensors() | scale, self.preprocessing)
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor) -> Tensor:
+        """Set the scale of what the taps read: each channel varies alike, and each tap as much as the own features.
+
+        Args:
+            features: (N, D) of images as varied as those to come.
+
+        Returns:
+            The features under the new scale; as they were without taps.
+        """
+        if not self.taps:
+            return features
+        own, tapped = features[:, : self.own_dim], features[:, self.own_dim :] / self.tap_scale
+        deviation = tapped.std(0, correction=0)
+        share = (len(self.taps) / tapped.shape[1]) ** 0.5
+        # A channel that hardly varies must not be blown up.
+        floor = 0.1 * deviation.mean() + 1e-12
+        self.tap_scale = own.std(0, correction=0).norm() * share / (deviation + floor)
+        return torch.cat([own, tapped * self.tap_scale], dim=1)
 
     # -- forward
 
@@ -185,7 +225,7 @@ class Backbone(nn.Module):
             self.model.eval()
 
     def train_forward(self, images: Tensor) -> Tensor:
-        """Return the features (B, D) of ``images``, with gradients to the model's own parameters.
+        """Return the model's own features (B, D) of ``images``, with gradients to its own parameters.
 
         Raises:
             RuntimeError: outside of :meth:`trainable`.
@@ -193,7 +233,7 @@ class Backbone(nn.Module):
         if not self._hosting:
             raise RuntimeError("train_forward trains the model itself; call it inside backbone.trainable()")
         features: Tensor = self.model(self.prepare(images))
-        return features
+        return features[:, : self.own_dim]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of this module; the model follows only inside :meth:`trainable`."""
@@ -229,7 +269,10 @@ class Backbone(nn.Module):
             self._shells.lend((start, stop), lambda: self._build_shell(start, stop)) as shell,
             hooked(shell, slots, observers),
         ):
-            return call(shell, x, overlay, start, self.image_size)
+            output = call(shell, x, overlay, start, self.image_size)
+        if stop is None and self.taps:
+            return torch.cat([output[:, : self.own_dim], output[:, self.own_dim :] * self.tap_scale], dim=1)
+        return output
 
     def _build_shell(self, start: str | None, stop: str | None) -> nn.Module:
         shell = share(self.model)

@@ -90,7 +90,7 @@ def _blocks(model: nn.Module, resumes: Mapping[str, Resume], layers: Mapping[str
 
 def _block(module: nn.Module, call: Call, place: dict[str, Any], macs: int, channels_last: bool) -> Site:
     shape = call.per_image(BATCH) or ()
-    dim = _map_channel_dim(shape, channels_last)
+    dim = map_channel_dim(shape, channels_last)
     channels = shape[0 if dim == 1 else -1]
     return Site(
         **place,
@@ -147,10 +147,10 @@ def _positions(name: str, channels: int, calls: dict[str, Call]) -> float:
     if user.output is None or user.output.ndim < 2:
         return 1.0
     shape: Sequence[int] = user.output.shape
-    return user.output.numel() / (BATCH * shape[_map_channel_dim(shape[1:], False)])
+    return user.output.numel() / (BATCH * shape[map_channel_dim(shape[1:], False)])
 
 
-def _map_channel_dim(shape: Sequence[int], channels_last: bool) -> int:
+def map_channel_dim(shape: Sequence[int], channels_last: bool) -> int:
     """Return the channel axis of activations whose shape without batch is ``shape``; maps are square."""
     if len(shape) != 3:
         return -1

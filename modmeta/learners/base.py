@@ -79,7 +79,7 @@ class MetaLearner(EpisodeMeasuring):
         trains_backbone = bool(self.source.epochs) and stage == "fit"
         if trains_backbone and self.phase is None:
             classes = len(datamodule_of(self).classes)
-            self.phase = SourcePhase(self.source, self.model.backbone.feature_dim, classes)
+            self.phase = SourcePhase(self.source, self.model.backbone.own_dim, classes)
         if not trains_backbone:  # otherwise there is nothing frozen to keep yet
             self._open_cache()
 
@@ -115,8 +115,11 @@ class MetaLearner(EpisodeMeasuring):
         datamodule = datamodule_of(self)
         chunks = datamodule.source_images(self.source_images)
         batches = ((domain, images.to(self.device), labels) for domain, images, labels, _ in chunks)
-        self.sources.measure(self.model.backbone, batches, datamodule.classes)
-        self.sources.set_extra_state(self.trainer.strategy.broadcast(self.sources.get_extra_state()))
+        backbone, strategy = self.model.backbone, self.trainer.strategy
+        self.sources.measure(backbone, batches, datamodule.classes)
+        self.sources.set_extra_state(strategy.broadcast(self.sources.get_extra_state()))
+        if backbone.taps:
+            backbone.tap_scale = strategy.broadcast(backbone.tap_scale)
         self.on_sources_measured()
 
     def training_step(self, batch: list[Episode] | SourceBatch, batch_idx: int) -> None:

@@ -19,7 +19,7 @@ def describe(learner: LearnerParts) -> dict[str, Any]:
         "learner": f"{type(learner).__module__}.{type(learner).__qualname__}",
         "backbone": backbone.name,
         "preprocessing": backbone.preprocessing,
-        "fingerprint": backbone.fingerprint(),
+        "fingerprint": backbone.fingerprint(calibrated=False),
         "trained_source": bool(learner.source.epochs),
         "units": [unit.name for unit in learner.model.units],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ class FeatureCache:
     def __init__(self, model: AdaptedBackbone, rows: int, key: str, folder: str | None) -> None:
         self.model = model
         self.rows = rows
-        name = f"{model.backbone.fingerprint().removeprefix('sha256:')[:16]}-{key[:16]}"
-        self.folder = None if folder is None else Path(folder) / name
+        self.key = key
+        self._root = folder
         self._caches: dict[str, RowCache] = {}
 
     def get(self, images: Tensor, cut: str | None, ids: Tensor | None = None) -> Tensor:
@@ -56,6 +57,12 @@ class FeatureCache:
             return torch.cat([self._compute(images[one : one + 1], cut) for one in chosen.tolist()])
 
         return self._caches[cut].get(rows, compute).to(images.device)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """Where the rows lie; named when first needed, as a checkpoint may still change the backbone before that."""
+        name = f"{self.model.backbone.fingerprint().removeprefix('sha256:')[:16]}-{self.key[:16]}"
+        return None if self._root is None else Path(self._root) / name
 
     @torch.no_grad()
     def _compute(self, images: Tensor, cut: str) -> Tensor:

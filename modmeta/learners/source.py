@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,18 @@ class BackboneConfig:
         pretrained: true for timm's hub weights, a path for a local safetensors or pth file, false for random ones.
         image_size: side of the images in pixels; None for the model's own.
         seed: seed of random weights.
+        taps: modules whose output the features describe, too, such as ``[blocks.4, blocks.5]``.
     """
 
     name: str
     pretrained: bool | str
     image_size: int | None = None
     seed: int = 0
+    taps: Sequence[str] = ()
 
     def build(self) -> Backbone:
         """Create the backbone."""
-        return Backbone(self.name, self.pretrained, self.image_size, self.seed)
+        return Backbone(self.name, self.pretrained, self.image_size, self.seed, self.taps)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class SourceLearner(LightningModule):
     def setup(self, stage: str) -> None:
         """Make the classifier, now that the classes are known."""
         if self.phase is None:
-            self.phase = SourcePhase(self.source, self.backbone.feature_dim, len(datamodule_of(self).classes))
+            self.phase = SourcePhase(self.source, self.backbone.own_dim, len(datamodule_of(self).classes))
 
     def training_step(self, batch: SourceBatch, batch_idx: int) -> None:
         """Take one step on a batch of all source domains."""
