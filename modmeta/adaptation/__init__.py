@@ -1,6 +1,7 @@
 """From a support set to an adapted model: heads, indicators, policy, inner loop, veto."""
 
-from modmeta.adaptation.gradients import split_half_gradients
+from modmeta.adaptation.cost import backward_macs, backward_shares
+from modmeta.adaptation.gradients import support_gradients
 from modmeta.adaptation.heads import HEADS, Anchor, Classifier, Head, Labelled, register_head
 from modmeta.adaptation.indicators import (
     DEFAULT_INDICATORS,
@@ -12,7 +13,7 @@ from modmeta.adaptation.indicators import (
 from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
-from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms
+from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms, running_statistics
 from modmeta.adaptation.support import Adapted, Support
 from modmeta.adaptation.update_rules import UPDATE_RULES, UpdateRule
 from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, stratified_folds, tempered_losses
@@ -38,6 +39,8 @@ __all__ = [
     "Support",
     "UpdateRule",
     "Verdict",
+    "backward_macs",
+    "backward_shares",
     "candidates",
     "inner_loop",
     "judge",
@@ -46,7 +49,8 @@ __all__ = [
     "read_statistics",
     "register_head",
     "register_indicator",
-    "split_half_gradients",
+    "running_statistics",
     "stratified_folds",
+    "support_gradients",
     "tempered_losses",
 ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from modmeta.adapters import Unit
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,27 @@ class Plan:
         """Return the plan with every learning rate multiplied by ``factor``."""
         return replace(self, rates=self.rates * factor)
 
-    def within(self, budget: float, units: Sequence[Unit]) -> Plan:
-        """Return the plan without the learning units that lie too early for a budget.
-
-        A gradient step pays for everything behind the earliest unit that it moves, so the cost of a plan is
-        that unit's distance from the features.
+    def backward_share(self, shares: Mapping[str, float]) -> float:
+        """Return what a step costs in the backward pass, as a share of one that moves all learning units.
 
         Args:
-            budget: share of the backbone's depth that gradients may pass, 0 (none) to 1.
-            units: the units of the model.
+            shares: what :func:`~modmeta.adaptation.backward_shares` says of the model.
         """
-        return self.keeping([unit.name for unit in units if not unit.learns or 1.0 - unit.depth <= budget])
+        return max((shares.get(name, 0.0) for name in self.gate_of()), default=0.0) if self.steps else 0.0
+
+    def within(self, budget: float, shares: Mapping[str, float]) -> Plan:
+        """Return the plan without the learning units that a budget has no room for.
+
+        A step pays for everything behind the earliest unit that it moves, so the units compete for nothing: behind
+        one that fits, all others are free. Opening units in any order, by gate per further cost or else, as long as
+        the sum fits, ends at the same set: every unit that fits alone. No other set within the budget has more open
+        gates.
+
+        Args:
+            budget: largest :meth:`backward_share` of the result, 0 (no gradient) to 1.
+            shares: what :func:`~modmeta.adaptation.backward_shares` says of the model.
+        """
+        return self.keeping([name for name in self.units if shares.get(name, 0.0) <= budget])
 
     def to_dict(self) -> dict[str, Any]:
         """Return numbers, lists and strings only."""

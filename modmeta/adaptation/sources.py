@@ -204,6 +204,20 @@ def observe_norms(backbone: Backbone, images: Tensor, sites: Sequence[Site]) -> 
     return features, mean, variance
 
 
+def running_statistics(backbone: Backbone, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
+    """Return per channel of every norm site the mean and variance that a batch norm keeps, NaN at other norms."""
+    tensors, like = backbone.tensors(), next(backbone.parameters())
+    found = []
+    for name in ("running_mean", "running_var"):
+        own = []
+        for site in sites:
+            channels = site.shapes["weight"][0] if "weight" in site.shapes else site.channels
+            none = like.new_full((channels,), torch.nan)
+            own.append(tensors.get(f"{site.name}.{name}", none))
+        found.append(torch.cat([like.new_zeros(0), *own]))
+    return found[0], found[1]
+
+
 def _columns(weight: Tensor, known: Sequence[str], wanted: Sequence[str]) -> tuple[Tensor, Tensor]:
     index = {name: column for column, name in enumerate(known)}
     columns = [weight[:, index[name]] if name in index else weight.new_zeros(len(weight)) for name in wanted]

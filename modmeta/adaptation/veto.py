@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from modmeta.adaptation.plan import Plan
 
 PRIOR = "prior"
+
+Predict = Callable[[Plan | None, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,21 @@ def judge(
     plans: Mapping[str, Plan],
     labels: Tensor | None,
     anchored: bool,
-    predict: Callable[[Plan | None, Tensor, Tensor], Tensor],
+    predict: Predict,
     *,
     gain: float,
     gain_deviation: float,
+    held_out: Callable[[Plan | None], Tensor] | None = None,
+    label_free: Collection[str] = (),
     folds: int = 2,
     caution: float = 1.0,
 ) -> Verdict:
     """Choose among the prior and some plans by nested cross-fitting and the policy's own prediction.
 
     Each fold adapts on the rest of the support and predicts its own images, so no image judges a fit that saw it.
-    Losses are taken at each candidate's best temperature: over-confidence would drown the differences.
+    A plan that no label moves needs no folds: it is carried out on the whole support, and only the head leaves out
+    the image that it predicts, which compares the plans at the support's full size. Losses are taken at each
+    candidate's best temperature: over-confidence would drown the differences.
     The policy's predicted gain is the prior of that measurement; with one image per class, where nothing can be
     left out, it decides alone. Among the plans within one standard error of the best the cheapest wins, and
     it is accepted if its gain exceeds ``caution`` standard errors.
@@ -82,33 +88,34 @@ def judge(
         predict: from a plan (None: the prior), indices to adapt on and indices to predict, to logits.
         gain: the policy's predicted gain of the full plan, in nats.
         gain_deviation: standard deviation of that prediction.
+        held_out: from a plan (None: the prior) to logits ``(S, C)``, each by a head that did not see the image; needed
+            where ``label_free`` names plans.
+        label_free: plans that move nothing by labels.
         folds: number of folds, 2 or more.
         caution: standard errors that a gain must exceed.
     """
     if not plans:
         return Verdict(PRIOR, {}, {}, 0)
     splits = [] if labels is None else stratified_folds(labels, folds, anchored)
-    held = torch.cat([fold for _, fold in splits]) if splits else torch.zeros(0, dtype=torch.long)
-    losses: dict[str | None, Tensor] = {}
+    count = 0 if labels is None or not splits else len(labels)
+    measured = {}
     if labels is not None and splits:
-        compared: list[tuple[str | None, Plan | None]] = [(None, None), *plans.items()]
-        for name, plan in compared:
-            logits = torch.cat([predict(plan, rest, fold) for rest, fold in splits])
-            losses[name] = tempered_losses(logits, labels[held])
-    count = len(held)
+        measured = _cross_fitted({n: p for n, p in plans.items() if n not in label_free}, labels, splits, predict)
+        if held_out is not None:
+            measured |= _left_out({n: p for n, p in plans.items() if n in label_free}, labels, held_out)
     gains, errors = {}, {}
     for name in plans:
         # A third of the step, or only the statistics, can be expected to bring a part of the gain.
         predicted = gain if name == "plan" else 0.5 * gain
-        seen = losses[None] - losses[name] if count else torch.zeros(0, dtype=torch.double)
+        seen = measured.get(name, torch.zeros(0, dtype=torch.double))
         if not torch.isfinite(seen).all():
             gains[name], errors[name] = -math.inf, 0.0
             continue
         # Both are estimates of this episode's gain, weighed by their precision.
         precision = 1.0 / max(gain_deviation, 1e-6) ** 2
         mean = precision * predicted
-        if count > 1:
-            own = count / max(float(seen.var(correction=1)), 1e-12)
+        if len(seen) > 1:
+            own = len(seen) / max(float(seen.var(correction=1)), 1e-12)
             precision, mean = precision + own, mean + own * float(seen.mean())
         gains[name], errors[name] = mean / precision, precision**-0.5
     finite = {name: value for name, value in gains.items() if math.isfinite(value)}
@@ -116,18 +123,44 @@ def judge(
         return Verdict(PRIOR, {}, {}, count)
     best = max(finite, key=lambda name: finite[name])
     choice = next(
-        name for name in finite if _within_one_error(losses.get(name), losses.get(best), gains[name], gains[best])
+        name for name in finite if _within_one_error(measured.get(name), measured.get(best), gains[name], gains[best])
     )
     if not gains[choice] > caution * errors[choice]:
         choice = PRIOR
     return Verdict(choice, finite, {name: errors[name] for name in finite}, count)
 
 
+def _cross_fitted(
+    plans: Mapping[str, Plan], labels: Tensor, splits: list[tuple[Tensor, Tensor]], predict: Predict
+) -> dict[str, Tensor]:
+    """Return the gain of each plan over the prior per support image ``(S,)``."""
+    if not plans:
+        return {}
+    held = torch.cat([fold for _, fold in splits])
+
+    def losses(plan: Plan | None) -> Tensor:
+        logits = torch.cat([predict(plan, rest, fold) for rest, fold in splits])
+        return tempered_losses(logits, labels[held])[held.argsort()]
+
+    before = losses(None)
+    return {name: before - losses(plan) for name, plan in plans.items()}
+
+
+def _left_out(
+    plans: Mapping[str, Plan], labels: Tensor, held_out: Callable[[Plan | None], Tensor]
+) -> dict[str, Tensor]:
+    """Return the gain of each plan over the prior per support image ``(S,)``."""
+    if not plans:
+        return {}
+    before = tempered_losses(held_out(None), labels)
+    return {name: before - tempered_losses(held_out(plan), labels) for name, plan in plans.items()}
+
+
 def _within_one_error(mine: Tensor | None, best: Tensor | None, gain: float, best_gain: float) -> bool:
     """Return whether a candidate is as good as the best one, up to the error of their paired difference."""
     if mine is None or best is None or len(mine) < 2:
         return gain >= best_gain
-    difference = mine - best
+    difference = best - mine
     return float(difference.mean()) <= float(difference.std(correction=1)) / len(difference) ** 0.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from modmeta.commands.images import find_images, load_images
 from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
 from modmeta.errors import ModmetaError
+from modmeta.evaluation.abstention import abstention_sentence, calibrate_abstention
 from modmeta.evaluation.card import card_table, make_card, provenance, write_card
+from modmeta.evaluation.explanation import explain, explanation_tables
 from modmeta.evaluation.terminal import console
 from modmeta.learners import MetaLearner
 
@@ -23,22 +26,37 @@ def run(options: argparse.Namespace) -> int:
     """Adapt, and write what comes of it."""
     quiet()
     output = Path(options.output)
-    _check_output(output, options.overwrite)
+    _check_output(output, options.overwrite, (".md", ".json", ".png") if options.explain else (".md", ".json"))
     learner = load(options)
+    if options.explain and not learner.model.units:
+        raise ModmetaError(f"--explain: the {type(learner).__name__} of this checkpoint has no units to explain")
     if options.budget is not None:
         _set_budget(learner, options.budget)
+    if options.abstain_target is not None and not 0 <= options.abstain_target <= 1:
+        raise ModmetaError(f"--abstain-target must lie in 0..1, got {options.abstain_target}")
     support = read_support(Path(options.support), learner, options.domain)
     begin = time.perf_counter()
     with torch.no_grad():  # adaptation switches gradients on where it needs them
         adapted = learner.adapt(support)
     seconds = time.perf_counter() - begin
-    write_adapter(output, learner.model, adapted.to_file(provenance(support)))
-    card = make_card(learner, support, adapted, seconds)
+    origin = provenance(support)
+    if options.abstain_target is not None:
+        with torch.no_grad():
+            origin["abstention"] = calibrate_abstention(learner, support, options.abstain_target)
+    write_adapter(output, learner.model, adapted.to_file(origin))
+    card = make_card(learner, support, adapted, seconds) | {"provenance": origin}
+    if options.explain:
+        card["explanation"] = explain(learner, support, adapted, card["units"])
     files = write_card(output, card)
     console().print(card_table(card))
+    if options.explain:
+        for table in explanation_tables(card["explanation"]):
+            console().print(table)
     print(card["decision"])
     if support.labels is None:
         print(_without_labels(learner, adapted))
+    if "abstention" in origin:
+        print(abstention_sentence(origin["abstention"]))
     for file in (output, *files):
         print(f"{file} ({file.stat().st_size / 1000:.0f} kB)")
     return 0
@@ -69,13 +87,14 @@ def read_support(folder: Path, learner: MetaLearner, domain: str | None = None) 
     return Support(images, labels, classes, domain)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, beside: Sequence[str]) -> None:
     if output.suffix != ".safetensors":
         raise ModmetaError(f"--output {output} should end with .safetensors")
     if not output.parent.is_dir():
         raise ModmetaError(f"--output {output}: the folder {output.parent} does not exist")
-    if output.exists() and not overwrite:
-        raise ModmetaError(f"--output {output} exists; choose another name or add --overwrite")
+    for file in (output, *map(output.with_suffix, beside)):
+        if file.exists() and not overwrite:
+            raise ModmetaError(f"--output: {file} exists; choose another name or add --overwrite")
 
 
 def _set_budget(learner: MetaLearner, budget: float) -> None:

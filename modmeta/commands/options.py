@@ -107,7 +107,19 @@ def adapt_parser() -> OneLineParser:
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the adapter file to write")
     parser.add_argument("--domain", metavar="NAME", help="name of the domain, for the card and as a hint")
-    parser.add_argument("--budget", type=float, metavar="X", help="share of the backbone's depth to update, 0 to 1")
+    parser.add_argument(
+        "--budget", type=float, metavar="X",
+        help="share of the backward multiply-accumulates of steps on all learning units that may be taken, 0 to 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--abstain-target", type=float, metavar="A",
+        help="find the probability from which on held-out images are classified with accuracy A, 0 to 1, for "
+        "predict --abstain-below calibrated; takes about as long as the adaptation again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="show what the policy saw and what each unit did, in the terminal, the card and a picture",
+    )  # fmt: skip
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter file")
     return parser
@@ -122,8 +134,9 @@ def predict_parser() -> OneLineParser:
     parser.add_argument("--output", required=True, metavar="FILE.csv", help="the table to write")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument(
-        "--abstain-below", type=float, default=0.0, metavar="P",
-        help="mark images whose best class is less probable than P as abstained",
+        "--abstain-below", default="0", metavar="P",
+        help="mark images whose best class is less probable than P as abstained; `calibrated` takes the P that "
+        "adapt --abstain-target found",
     )  # fmt: skip
     parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     return parser

@@ -16,6 +16,7 @@ from modmeta.commands.images import find_images, load_images
 from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
 from modmeta.errors import ModmetaError
+from modmeta.evaluation.abstention import shipped_threshold
 from modmeta.files import write_atomically
 
 COLUMNS = ("image", "class", "probability", "abstained")
@@ -26,11 +27,14 @@ def run(options: argparse.Namespace) -> int:
     quiet()
     if options.batch_size < 1:
         raise ModmetaError(f"--batch-size must be 1 or more, got {options.batch_size}")
-    if not 0 <= options.abstain_below <= 1:
-        raise ModmetaError(f"--abstain-below must lie in 0..1, got {options.abstain_below}")
+    calibrated = options.abstain_below == "calibrated"
+    threshold = 0.0 if calibrated else _probability(options.abstain_below)
     paths = find_images(options.images)
     learner = load(options)
-    adapted = Adapted.from_file(read_adapter(options.adapter, learner.model), learner.device)
+    file = read_adapter(options.adapter, learner.model)
+    adapted = Adapted.from_file(file, learner.device)
+    if calibrated:
+        threshold = shipped_threshold(file.provenance)
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -41,10 +45,21 @@ def run(options: argparse.Namespace) -> int:
         with torch.no_grad():
             best = learner.logits(adapted, images).softmax(-1).max(-1)
         for path, p, index in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            unsure = p < options.abstain_below
+            unsure = p < threshold
             abstained += unsure
             name = path.relative_to(options.images).as_posix()
             writer.writerow((name, adapted.classes[index], f"{p:.6f}", str(unsure).lower()))
     write_atomically(options.output, table.getvalue().encode())
-    print(f"{Path(options.output)}: {len(paths)} images, {abstained} abstained")
+    below = f" below {threshold:.3f}" if calibrated else ""
+    print(f"{Path(options.output)}: {len(paths)} images, {abstained} abstained{below}")
     return 0
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ModmetaError(f"--abstain-below must lie in 0..1 or be `calibrated`, got {text}")
+    return value

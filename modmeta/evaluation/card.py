@@ -11,13 +11,23 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from modmeta.adaptation import PRIOR, Adapted, Support
+from modmeta.adaptation import PRIOR, Adapted, Support, backward_macs, backward_shares
 from modmeta.adapters import Unit
+from modmeta.evaluation.abstention import abstention_sentence
+from modmeta.evaluation.explanation import (
+    EFFECT_HEADINGS,
+    NUMBER_HEADINGS,
+    effect_cells,
+    explanation_picture,
+    number_cells,
+)
+from modmeta.evaluation.systems.learned import learner_backward_macs
 from modmeta.files import write_atomically
 from modmeta.learners import MetaLearner
 
@@ -53,6 +63,7 @@ def make_card(learner: MetaLearner, support: Support, adapted: Adapted, seconds:
         "labelled": support.labels is not None,
         "units": [_unit(learner, adapted, unit) for unit in learner.model.units],
         "updated": learner.updated(adapted),
+        "backward": _backward(learner, support, adapted),
         "expected_gain": report.get("expected_gain"),
         "expected_gain_deviation": report.get("expected_gain_deviation"),
         "verdict": report.get("verdict"),
@@ -67,12 +78,16 @@ def make_card(learner: MetaLearner, support: Support, adapted: Adapted, seconds:
     }
 
 
-def write_card(adapter: str | Path, card: dict[str, Any]) -> tuple[Path, Path]:
-    """Write ``NAME.md`` and ``NAME.json`` beside the adapter file and return both."""
+def write_card(adapter: str | Path, card: dict[str, Any]) -> tuple[Path, ...]:
+    """Write ``NAME.md``, ``NAME.json`` and, of an explanation, ``NAME.png`` beside the adapter file; return them."""
     markdown, data = Path(adapter).with_suffix(".md"), Path(adapter).with_suffix(".json")
     write_atomically(data, (json.dumps(card, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(markdown, render_markdown(Path(adapter).name, card).encode())
-    return markdown, data
+    if "explanation" not in card:
+        return markdown, data
+    picture = Path(adapter).with_suffix(".png")
+    write_atomically(picture, explanation_picture(card["explanation"]))
+    return markdown, data, picture
 
 
 def card_table(card: dict[str, Any]) -> Table:
@@ -107,6 +122,7 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
             f"The policy expected a gain of {gain:+.3f} ± {deviation:.3f} nats per image from its plan.",
             "",
         ]
+    lines += [_cost_sentence(card["backward"]), ""]
     if verdict is not None:
         rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
         lines += [
@@ -116,6 +132,8 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
             "",
         ]
         lines += [*_table(("candidate", "gain in nats", "error"), rows), ""]
+    if "explanation" in card:
+        lines += _explanation(name, card["explanation"])
     lines += [
         "## Images",
         "",
@@ -130,11 +148,28 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
         ]
     else:
         lines += ["", f"Classes, as the source domains know them: {_text(', '.join(card['classes']))}."]
+    if "abstention" in origin:
+        lines += ["", abstention_sentence(origin["abstention"])]
     versions = ", ".join(f"{package} {number}" for package, number in origin["versions"].items())
     lines += ["", f"Pixels: `sha256:{origin['support_sha256']}`", "", "## Origin", ""]
     lines += [f"- backbone: {_text(card['backbone']['name'])}, `{card['backbone']['fingerprint']}`"]
     lines += [f"- versions: {versions}", f"- adaptation took {card['seconds']:.2f} s", ""]
     return "\n".join(lines)
+
+
+def _explanation(name: str, explanation: dict[str, Any]) -> list[str]:
+    lines = ["## What each unit did", "", f"![over the depth of the backbone]({quote(Path(name).stem)}.png)", ""]
+    lines += [
+        *_table(EFFECT_HEADINGS, map(effect_cells, explanation["units"])),
+        "",
+        "Loss without: how much higher the loss of held-out support images is when this unit alone is left out. "
+        "Predictions moved: mean total variation between the predictions with and without it.",
+        "",
+    ]
+    if explanation["domain"]:
+        numbers = _table(NUMBER_HEADINGS, map(number_cells, explanation["domain"]))
+        lines += ["## What the policy saw of the domain", "", *numbers, ""]
+    return lines
 
 
 _UNIT_HEADINGS = ("unit", "planned gate", "gate", "rates per step", "parameters", "moved", "effect")
@@ -168,6 +203,32 @@ def _unit(learner: MetaLearner, adapted: Adapted, unit: Unit) -> dict[str, Any]:
         "moved": _moved(learner, adapted, unit) if gate > 0 else 0.0,
         "relative_change": _relative_change(learner, adapted, unit) if gate > 0 else 0.0,
     }
+
+
+def _backward(learner: MetaLearner, support: Support, adapted: Adapted) -> dict[str, Any]:
+    """Return what the adaptation cost in backward passes, and how much of its budget the steps took."""
+    model = learner.model
+    learned = support.labels is not None
+    share = adapted.plan.backward_share(backward_shares(model)) if learned else 0.0
+    budget = getattr(learner, "budget", None)
+    opened = model.active(adapted.plan.gate_of())
+    steps = adapted.plan.steps if learned else 0
+    return {
+        "budget": budget,
+        "share": share,
+        "below_budget": None if budget is None else budget - share,
+        "macs_of_steps": backward_macs(model, opened, len(support.images), steps),
+        "macs": learner_backward_macs(learner, support, adapted),
+    }
+
+
+def _cost_sentence(backward: dict[str, Any]) -> str:
+    budget = "" if backward["budget"] is None else f", {100 * backward['below_budget']:.1f} % below the budget"
+    return (
+        f"Backward cost of the steps: {100 * backward['share']:.1f} % of steps on all learning units{budget} "
+        f"({backward['macs_of_steps'] / 1e9:.3g} G multiply-accumulates; with indicators and veto "
+        f"{backward['macs'] / 1e9:.3g} G)."
+    )
 
 
 def _moved(learner: MetaLearner, adapted: Adapted, unit: Unit) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,15 @@ from modmeta.adaptation import (
     Situation,
     Support,
     Verdict,
+    backward_shares,
     candidates,
     inner_loop,
     judge,
     norm_sites,
     observe_norms,
     read_statistics,
-    split_half_gradients,
+    running_statistics,
+    support_gradients,
     tempered_losses,
 )
 from modmeta.adapters import State, UnitConfig
@@ -36,6 +39,7 @@ from modmeta.errors import ModmetaError
 from modmeta.learners.base import MetaLearner
 from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig, datamodule_of
+from modmeta.learners.warm_start import start_from_table, table_for
 
 
 class ModularMetaLearner(MetaLearner):
@@ -60,16 +64,22 @@ class ModularMetaLearner(MetaLearner):
         rule: registered update rule that gives the rates; ``policy`` lets the policy decide.
         trust: bound on the root mean square distance of a unit from its initial value.
         second_order: differentiate through the inner gradients.
-        indicators: registered indicators that the policy sees.
+        indicators: registered indicators that the policy sees; with ``budget`` among them, training episodes draw
+            budgets of their own.
+        indicator_dropout: probability that the policy does not see an indicator's number, in training.
+        indicator_noise: standard deviation of noise on the standardised indicators, in training.
         harm_weight: weight of what the plan loses against no adaptation, beyond ``harm_margin``.
         harm_margin: nats that a plan should gain at least.
         cost_weight: price of letting gradients through the whole backbone, in nats.
-        budget: largest share of the backbone's depth that gradients may pass; 1 is no limit.
+        budget: largest share of the backward multiply-accumulates of steps on all learning units that the steps
+            of an adaptation may take; 1 is no limit. What the indicators and the veto take comes on top.
         veto: whether the veto may keep the prior; without it every plan is carried out.
         veto_folds: folds of its cross-fitting.
         veto_caution: standard errors that a gain must exceed.
         unlabelled_share: share of the training episodes that come without labels, for units that need none.
         calibration_episodes: training episodes on which the indicators are standardised.
+        warm_start: folder of an action table of these units and indicators. Before the first episode the policy is
+            regressed onto the best action of its episodes, and the indicators are standardised on those.
     """
 
     def __init__(
@@ -88,6 +98,8 @@ class ModularMetaLearner(MetaLearner):
         trust: float = 0.5,
         second_order: bool = False,
         indicators: Sequence[str] = DEFAULT_INDICATORS,
+        indicator_dropout: float = 0.0,
+        indicator_noise: float = 0.0,
         harm_weight: float = 2.0,
         harm_margin: float = 0.02,
         cost_weight: float = 0.02,
@@ -97,6 +109,7 @@ class ModularMetaLearner(MetaLearner):
         veto_caution: float = 1.0,
         unlabelled_share: float = 0.1,
         calibration_episodes: int = 32,
+        warm_start: str | None = None,
     ) -> None:
         super().__init__(
             backbone, units, head, head_options, source, learning_rate, baselines, source_images, cache_dir
@@ -116,10 +129,12 @@ class ModularMetaLearner(MetaLearner):
         self.veto_caution = veto_caution
         self.unlabelled_share = unlabelled_share
         self.calibration_episodes = calibration_episodes
-        self.indicators = IndicatorSet(indicators)
+        self.warm_start = warm_start
+        self.indicators = IndicatorSet(indicators, indicator_dropout, indicator_noise)
         self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps)
         self.rule = UPDATE_RULES.get(rule)(self.model.units, steps)
         self._norm_sites = norm_sites(self.model.backbone)
+        self.backward_shares = backward_shares(self.model)
 
     # ------------------------------------------------------------------ the way of one domain
 
@@ -145,18 +160,22 @@ class ModularMetaLearner(MetaLearner):
         }
         return Adapted(state, chosen, classifier, support.classes, report)
 
-    def situate(self, support: Support) -> Situation:
-        """Collect what the indicators need to know of a support set."""
+    def situate(self, support: Support, budget: float | None = None) -> Situation:
+        """Collect what the indicators need to know of a support set, and nothing that none of them asks for.
+
+        Args:
+            support: the images.
+            budget: what the adaptation may take; None is the learner's own.
+        """
+        needs, backbone = self.indicators.needs, self.model.backbone
         with torch.no_grad():
-            features, mean, variance = observe_norms(self.model.backbone, support.images, self._norm_sites)
+            features, mean, variance = observe_norms(backbone, support.images, self._norm_sites)
+            flipped = backbone(support.images.flip(-1)) if "flipped" in needs else None
             held_out = None
-            gradients: dict[str, Tensor] = {}
+            gradients: list[dict[str, Tensor]] = []
             if support.labels is not None:
                 held_out = self.inner_loss(features, support).mean()
-                if self.indicators.needs_gradients:
-                    gradients = split_half_gradients(
-                        self.model, self.bank.initial(), support.images, lambda x: self.inner_loss(x, support)
-                    )
+                gradients = self._gradients(support, support.labels)
         view = self.sources.view(support.hidden)
         specialists = self.bank.visible(support.hidden)
         distances = None
@@ -175,17 +194,34 @@ class ModularMetaLearner(MetaLearner):
             sources=view,
             distances=distances,
             held_out_loss=held_out,
-            gradients=gradients,
+            gradients=gradients[0] if gradients else {},
+            noise=gradients[1] if len(gradients) > 1 else {},
+            flipped=flipped,
+            running=running_statistics(backbone, self._norm_sites) if "running" in needs else None,
             units=self.model.units,
+            shares=self.backward_shares,
+            budget=self.budget if budget is None else budget,
+            image_size=backbone.image_size,
         )
+
+    def _gradients(self, support: Support, labels: Tensor) -> list[dict[str, Tensor]]:
+        """Return what the indicators ask for: gradients under the labels, and under permuted ones."""
+        needs = self.indicators.needs
+        # The same permutation whenever there are as many images, so that the same images give the same plan.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+        supports = [support] if "gradients" in needs else []
+        supports += [replace(support, labels=labels[order])] if "noise" in needs else []
+        losses = [lambda x, own=own: self.inner_loss(x, own) for own in supports]
+        groups = 8 if "groups" in needs else 2
+        return support_gradients(self.model, self.bank.initial(), support.images, losses, groups) if losses else []
 
     def plan(self, situation: Situation, generator: torch.Generator | None = None) -> Plan:
         """Let the policy decide, within the budget and what the support's labels allow."""
-        whole, each = self.indicators(situation)
+        whole, each = self.indicators(situation, generator)
         plan = self.policy(self.model.units, whole, each, situation.distances, generator)
         if not torch.isfinite(torch.cat([plan.gates, plan.rates.flatten()])).all():
             raise DivergedError("the policy's plan is not finite")
-        plan = plan.within(self.budget, self.model.units)
+        plan = plan.within(situation.budget, self.backward_shares)
         if situation.labels is None:
             plan = plan.keeping(self._reading())
         return replace(plan, rates=self.rule(plan))
@@ -263,6 +299,15 @@ class ModularMetaLearner(MetaLearner):
                 x = self._features(support.images[both], state, candidate, features[both])
                 return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
 
+        @torch.no_grad()
+        def held_out(candidate: Plan | None) -> Tensor:
+            if candidate is None:
+                return self.held_out_logits(features, support)
+            state, _ = self.carry_out(candidate, support)
+            x = self._features(support.images, state, candidate, features)
+            return self.held_out_logits(x, support, candidate.ridge)
+
+        reading = self._reading()
         return judge(
             plans,
             support.labels,
@@ -270,6 +315,8 @@ class ModularMetaLearner(MetaLearner):
             predict,
             gain=float(plan.gain),
             gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
+            held_out=held_out,
+            label_free=[name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
             folds=self.veto_folds,
             caution=self.veto_caution,
         )
@@ -290,7 +337,7 @@ class ModularMetaLearner(MetaLearner):
         # All noise is a function of the episode, so every rank and resumed run draws the same.
         generator = torch.Generator().manual_seed(episode.index)
         support = self._training_support(episode, generator)
-        situation = self.situate(support)
+        situation = self.situate(support, self._training_budget(generator))
         plan = self.plan(situation, generator)
         state, _ = self.carry_out(plan, support)
         features = self._features(support.images, state, plan, situation.features)
@@ -314,6 +361,12 @@ class ModularMetaLearner(MetaLearner):
         known = self.sources.view(support.hidden).anchor(support.classes).known
         return replace(support, labels=None) if without and bool(known.all()) else support
 
+    def _training_budget(self, generator: torch.Generator) -> float:
+        """Return the budget of a training episode: a policy that is to heed budgets must have seen them all."""
+        if "budget" not in self.indicators.names:
+            return self.budget
+        return float(0.01 ** torch.rand((), generator=generator))  # log-uniform
+
     def _cost(self, plan: Plan) -> Tensor:
         """Return the expected share of the backbone's depth that gradients pass.
 
@@ -328,12 +381,42 @@ class ModularMetaLearner(MetaLearner):
             cost = cost + (end - unit.depth) * (1 - closed)
         return cost
 
+    def setup(self, stage: str) -> None:
+        """Make what needs the data module; refuse a table to start from before any work is done."""
+        super().setup(stage)
+        if self.warm_start is not None and stage == "fit" and not self.trainer.ckpt_path:
+            table_for(self.warm_start, self.policy, self.indicators, self.model.units)
+
     def on_sources_measured(self) -> None:
-        """Standardise the indicators on the first training episodes."""
+        """Standardise the indicators on the first training episodes, or start from the table of an action grid."""
+        if self.warm_start is not None:
+            table = table_for(self.warm_start, self.policy, self.indicators, self.model.units)
+            start_from_table(table, self.policy, self.indicators, self.model.units)
+            return
         datamodule = datamodule_of(self)
         rows = []
         for index in range(self.calibration_episodes):
             episode = datamodule.episode("train", index).to(self.device)
-            support = self._training_support(episode, torch.Generator().manual_seed(index))
-            rows.append(self.indicators.raw(self.situate(support)))
+            generator = torch.Generator().manual_seed(index)
+            support = self._training_support(episode, generator)
+            rows.append(self.indicators.raw(self.situate(support, self._training_budget(generator))))
         self.indicators.fit(rows)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose policy saw other indicators.
+
+        Raises:
+            ModmetaError: saying how many numbers it saw, and how many there are now.
+        """
+        super().on_load_checkpoint(checkpoint)
+        own = {part: self.indicators.get_buffer(f"center_{part}").numel() for part in ("global", "unit")}
+        state = checkpoint["state_dict"]
+        found = {part: state[key].numel() for part in own if (key := f"indicators.center_{part}") in state}
+        if found.keys() == own.keys() and found != own:
+            raise ModmetaError(
+                f"the checkpoint's policy sees {found['global']} indicators per domain and {found['unit']} per unit; "
+                f"here {', '.join(self.indicators.names)} give {own['global']} and {own['unit']}: it is of another "
+                f"version or choice of indicators; fit again, or take the version that wrote it"
+            )

@@ -70,9 +70,19 @@ class LearnerParts(LightningModule):
             ridge: factor on the head's ridge strength.
         """
         assert support.labels is not None
+        return F.cross_entropy(self.held_out_logits(features, support, ridge), support.labels, reduction="none")
+
+    def held_out_logits(self, features: Tensor, support: Support, ridge: Tensor | None = None) -> Tensor:
+        """Return logits ``(S, C)`` of every support image by a head that was fitted without it.
+
+        Args:
+            features: ``(S, D)`` of the support, which must be labelled.
+            support: where they come from.
+            ridge: factor on the head's ridge strength.
+        """
+        assert support.labels is not None
         anchor = self.sources.view(support.hidden).anchor(support.classes)
-        logits = self.head.held_out(features, support.labels, support.ways, anchor, ridge)
-        return F.cross_entropy(logits, support.labels, reduction="none")
+        return self.head.held_out(features, support.labels, support.ways, anchor, ridge)
 
     def query_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of an adapted model on query images, a scalar."""

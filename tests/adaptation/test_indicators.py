@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from modmeta.adaptation import (
     IndicatorSet,
     Situation,
     SourceStatistics,
+    backward_macs,
+    backward_shares,
     norm_sites,
     observe_norms,
     register_indicator,
+    running_statistics,
 )
 from modmeta.adapters import AdaptedBackbone, UnitConfig
 from modmeta.backbone import KINDS
@@ -38,9 +42,10 @@ def situation_on(model: AdaptedBackbone, domains: int = 3, counts: tuple[int, ..
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     images = torch.rand(len(labels), 3, 32, 32, generator=generator)
     features, mean, variance = observe_norms(backbone, images, norm_sites(backbone))
-    gradients = {
-        unit.name: torch.randn(2, unit.cost.parameters, generator=generator) for unit in model.units if unit.learns
-    }
+    learners = [unit for unit in model.units if unit.learns]
+    gradients, noise = (
+        {unit.name: torch.randn(4, unit.cost.parameters, generator=generator) for unit in learners} for _ in "ab"
+    )
     return Situation(
         features=features,
         labels=labels,
@@ -55,6 +60,12 @@ def situation_on(model: AdaptedBackbone, domains: int = 3, counts: tuple[int, ..
         held_out_loss=torch.tensor(0.7),
         gradients=gradients,
         units=model.units,
+        noise=noise,
+        flipped=backbone(images.flip(3)),
+        running=running_statistics(backbone, norm_sites(backbone)),
+        shares=backward_shares(model),
+        budget=0.3,
+        image_size=32,
     )
 
 
@@ -68,19 +79,54 @@ def compute(name: str, s: Situation) -> Tensor:
 
 
 def test_task(s: Situation) -> None:
-    torch.testing.assert_close(compute("task", s), torch.tensor([math.log(3), math.log(2), 1.0, 1.0]))
+    torch.testing.assert_close(compute("task", s), torch.tensor([math.log(3), math.log(2), math.log(2), 1.0, 1.0]))
     uneven = replace(s, labels=torch.tensor([0, 0, 0, 0, 1, 2]))
     share = [4 / 6, 1 / 6, 1 / 6]
     evenness = -sum(p * math.log(p) for p in share) / math.log(3)
-    torch.testing.assert_close(compute("task", uneven)[2], torch.tensor(evenness))
-    assert compute("task", replace(s, labels=None))[3] == 0.0
+    torch.testing.assert_close(compute("task", uneven)[2:4], torch.tensor([0.0, evenness]))
+    assert compute("task", replace(s, labels=None))[4] == 0.0
+
+
+def test_what_may_be_spent_and_how_large_the_images_are(s: Situation) -> None:
+    assert compute("budget", s).tolist() == [pytest.approx(math.log(0.3))]
+    assert compute("budget", replace(s, budget=0.0)).tolist() == [pytest.approx(math.log(0.01))]
+    assert compute("resolution", s).tolist() == [pytest.approx(math.log(32) - math.log(224))]
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, 2], [0, 0, 0, 2, 2, 2]])
+def test_separation(labels: list[int], s: Situation) -> None:
+    x = s.features.double()
+    members = {c: [i for i, label in enumerate(labels) if label == c] for c in set(labels)}
+    prototypes = {c: sum(x[i] for i in own) / len(own) for c, own in members.items()}
+    ratios, between = [], 0.0
+    for i, label in enumerate(labels):
+        rest = [j for j in members[label] if j != i] or list(range(6))
+        own = sum(x[j] for j in rest) / len(rest)
+        nearest = min(float(((x[i] - p) ** 2).mean()) for c, p in prototypes.items() if c != label)
+        ratios.append(math.log((nearest + 1e-6) / (float(((x[i] - own) ** 2).mean()) + 1e-6)))
+        between += float(((prototypes[label] - x.mean(0)) ** 2).sum())
+    expected = [sum(ratios) / 6, between / float(((x - x.mean(0)) ** 2).sum())]
+    found = compute("separation", replace(s, labels=torch.tensor(labels)))
+    assert found.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_classes_that_lie_apart_are_separate(s: Situation) -> None:
+    assert s.labels is not None
+    ratio, between = compute("separation", replace(s, features=s.features + 50.0 * s.labels[:, None])).tolist()
+    assert ratio > 3.0
+    assert 0.99 < between <= 1.0
+    for labels in (None, torch.zeros(6, dtype=torch.long)):
+        assert compute("separation", replace(s, labels=labels)).tolist() == [0.0, 0.0]
 
 
 def test_feature_shift(s: Situation) -> None:
     gaps = [float((((s.features.mean(0) - mean) ** 2) / s.sources.variance).mean()) - 1 / 6 for mean in s.sources.mean]
     gaps = [max(gap, 0.0) for gap in gaps]
     spread = float(((s.features - s.features.mean(0)) ** 2).mean(0).sum() / s.sources.variance.sum())
-    expected = [math.log(value + 1e-3) for value in (min(gaps), sum(gaps) / 3, spread)]
+    values = torch.linalg.svdvals((s.features - s.features.mean(0)).double())
+    share = [float(value / values.sum()) for value in values]
+    rank = -sum(p * math.log(p) for p in share if p > 1e-6)
+    expected = [math.log(value + 1e-3) for value in (min(gaps), sorted(gaps)[1], sum(gaps) / 3, spread)] + [rank]
     torch.testing.assert_close(compute("feature_shift", s), torch.tensor(expected), rtol=1e-3, atol=1e-3)
 
 
@@ -100,10 +146,31 @@ def test_zero_shot(s: Situation) -> None:
     p = logits.softmax(1)
     entropy = float(-(p * p.log()).sum(1).mean()) / math.log(3)
     hits = float((logits.argmax(1) == s.labels).float().mean())
-    expected = torch.tensor([entropy, float(F.cross_entropy(logits, s.labels)), hits, 1.0])
+    margin = sum(sorted(row)[-1] - sorted(row)[-2] for row in p.tolist()) / 6
+    expected = torch.tensor([entropy, margin, float(F.cross_entropy(logits, s.labels)), hits, 1.0])
     torch.testing.assert_close(compute("zero_shot", s), expected, rtol=1e-4, atol=1e-5)
-    assert compute("zero_shot", replace(s, labels=None))[1:].tolist() == [0.0, 0.0, 1.0]
-    assert compute("zero_shot", replace(s, classes=("x", "y", "z"))).tolist() == [0.0] * 4
+    unlabelled = compute("zero_shot", replace(s, labels=None))
+    torch.testing.assert_close(unlabelled, torch.tensor([entropy, margin, 0.0, 0.0, 1.0]), rtol=1e-4, atol=1e-5)
+    assert compute("zero_shot", replace(s, classes=("x", "y", "z"))).tolist() == [0.0] * 5
+
+
+def test_consistency(s: Situation) -> None:
+    assert s.flipped is not None
+
+    def p(features: Tensor) -> Tensor:
+        x = F.normalize(features - s.sources.mean.mean(0), dim=1)
+        return (s.sources.scale * x @ s.sources.plain).softmax(1)
+
+    one, other = p(s.features), p(s.flipped)
+    divergence = float((one * (one.log() - other.log())).sum() / 6)
+    change = float(((s.flipped - s.features) ** 2).mean() / ((s.features - s.features.mean(0)) ** 2).mean())
+    found = compute("consistency", s)
+    assert found.tolist() == pytest.approx([divergence, math.log(change + 1e-3)], rel=1e-3, abs=1e-5)
+    assert divergence > 0
+    same = compute("consistency", replace(s, flipped=s.features))
+    assert same.tolist() == pytest.approx([0, math.log(1e-3)], abs=1e-4)
+    new = compute("consistency", replace(s, classes=("x", "y", "z")))
+    assert new.tolist() == [0.0, float(found[1])]
 
 
 def test_difficulty(s: Situation) -> None:
@@ -142,23 +209,99 @@ def test_norm_shift_is_lowest_on_a_sources_own_statistics(s: Situation) -> None:
     assert bool((compute("norm_shift", s)[:, 1] > math.log(1e-3)).all())
 
 
-def test_gradient(s: Situation) -> None:
-    found = compute("gradient", s)
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_norm_drift(name: str, make: Make) -> None:
+    configs = CONFIGS if name == "test_efficientnet" else CONFIGS[1:]
+    s = situation_on(make(name, *configs))
+    found = compute("norm_drift", s)
+    if name == "test_vit":
+        assert found.tolist() == [[0.0]] * len(s.units)
+        return
+    layers = dict(make(name, *configs).backbone.model.named_modules())
+    logs, start = {}, 0
+    for site in s.norm_sites:
+        layer: Any = layers[site.name]
+        part = slice(start, start := start + layer.num_features)
+        mean = (s.norm_mean[part] - layer.running_mean) ** 2 / layer.running_var
+        scale = (s.norm_variance[part].sqrt() / layer.running_var.sqrt() - 1) ** 2
+        logs[site.name] = math.log(float((mean + scale).mean()) + 1e-3)
     for row, unit in zip(found, s.units, strict=True):
-        if not unit.learns:
-            assert row.tolist() == [0.0, 0.0]
-            continue
-        one, other = s.gradients[unit.name].double()
-        size = float(((one + other) / 2).square().mean().sqrt())
-        cosine = float(one @ other / one.norm() / other.norm())
-        assert row.tolist() == pytest.approx([math.log(size), cosine], abs=1e-4)
+        blocks = [site.block for site in unit.sites]
+        near = [n.name for n in s.norm_sites if min(blocks) <= n.block <= max(blocks)] or [s.norm_sites[-1].name]
+        assert float(row) == pytest.approx(sum(logs[n] for n in near) / len(near), abs=1e-3)
 
 
-def test_place(s: Situation) -> None:
+def by_unit(name: str, s: Situation, expected: Callable[[str], list[float]]) -> None:
+    for row, unit in zip(compute(name, s), s.units, strict=True):
+        if unit.learns:
+            assert row.tolist() == pytest.approx(expected(unit.name), abs=1e-3)
+        else:
+            assert row.tolist() == [0.0] * len(row)
+
+
+def rms(x: Tensor) -> float:
+    return math.sqrt(sum(v * v for v in x.tolist()) / len(x))
+
+
+def test_gradient(s: Situation) -> None:
+    def expected(unit: str) -> list[float]:
+        a, b, c, d = s.gradients[unit].double()
+        one, other = a + c, b + d
+        return [math.log(rms(one + other)), float(one @ other / one.norm() / other.norm())]
+
+    by_unit("gradient", s, expected)
+
+
+def test_noise_floor(s: Situation) -> None:
+    by_unit("noise_floor", s, lambda unit: [math.log(rms(s.gradients[unit].sum(0)) / rms(s.noise[unit].sum(0)))])
+    same = compute("noise_floor", replace(s, noise=s.gradients))
+    assert torch.equal(same, torch.zeros_like(same))
+
+
+def test_signal(s: Situation) -> None:
+    def expected(unit: str) -> list[float]:
+        estimates = [4 * row for row in s.gradients[unit].double()]  # of the whole gradient, by 6 / 4 images each
+        mean = sum(estimates) / 4
+        variance = sum(float(((e - mean) ** 2).mean()) for e in estimates) / 3 * 6 / 4
+        power = float((mean**2).mean())
+        return [math.log(power + variance), math.log(power / variance)]
+
+    by_unit("signal", s, expected)
+
+
+def test_signal_is_that_of_single_images_where_each_is_a_group(s: Situation) -> None:
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(2)).double()  # gradients of six images
+    gradients = dict.fromkeys(s.gradients, rows / 6)
+    fisher = float(rows.mean(0).square().mean() + rows.var(0).mean())
+    gsnr = float(rows.mean(0).square().sum() / rows.var(0).sum())
+    by_unit("signal", replace(s, gradients=gradients), lambda unit: [math.log(fisher), math.log(gsnr)])
+
+
+def test_place(s: Situation, make: Make) -> None:
+    model = make("test_efficientnet", *CONFIGS)
+    learners = [unit for unit in model.units if unit.learns]
     for row, unit in zip(compute("place", s), s.units, strict=True):
         kinds = {site.kind for site in unit.sites}
-        expected = [unit.depth, math.log(1 + unit.cost.parameters), float(unit.learns), float(unit.reads)]
+        share = backward_macs(model, [unit], 1) / backward_macs(model, learners, 1)
+        expected = [unit.depth, math.log(1 + unit.cost.parameters), share, float(unit.learns), float(unit.reads)]
         assert row.tolist() == pytest.approx(expected + [float(kind in kinds) for kind in KINDS])
+
+
+def test_shares_fall_with_depth_and_count_what_lies_behind(make: Make) -> None:
+    configs = (UnitConfig("norm_blend"), UnitConfig("film", group="site"), UnitConfig("projection"))
+    model = make("test_efficientnet", *configs)
+    shares = backward_shares(model)
+    assert set(shares) == {unit.name for unit in model.units if unit.learns}
+    film = [shares[unit.name] for unit in model.units if unit.name.startswith("film")]
+    assert film == sorted(film, reverse=True)
+    assert film[0] == 1.0
+    assert shares["projection@features"] == 0.0
+    # A layer behind the cut of a unit is one that runs after it; half a stage may be cut off with it.
+    for unit in model.units:
+        if unit.learns and unit.name != "projection@features":
+            whole = sum(site.macs for site in model.backbone.sites if site.kind != "block")
+            behind = sum(s.macs for s in model.backbone.sites if s.kind != "block" and s.order > unit.sites[0].order)
+            assert shares[unit.name] >= behind / whole - 1e-9
 
 
 @pytest.mark.parametrize(
@@ -176,7 +319,7 @@ def test_widths_do_not_depend_on_units_domains_or_classes(
     for name in INDICATORS.names():
         indicator = INDICATORS.get(name)
         rows = (len(other.units),) if indicator.per_unit else ()
-        for situation in (other, replace(other, labels=None, held_out_loss=None, gradients={})):
+        for situation in (other, replace(other, labels=None, held_out_loss=None, gradients={}, noise={})):
             found = indicator.compute(situation)
             assert found.shape == (*rows, indicator.width), name
             assert bool(torch.isfinite(found).all()), name
@@ -192,9 +335,10 @@ def test_names_of_classes_do_not_matter(s: Situation) -> None:
 
 
 def test_only_what_needs_labels_changes_without_them(s: Situation) -> None:
-    unlabelled = replace(s, labels=None, held_out_loss=None, gradients={})
+    unlabelled = replace(s, labels=None, held_out_loss=None, gradients={}, noise={})
     same = {n for n in INDICATORS.names() if torch.equal(compute(n, unlabelled), compute(n, s))}
-    assert same == {"feature_shift", "posterior", "norm_shift", "place"}
+    free = {"feature_shift", "posterior", "consistency", "norm_shift", "norm_drift", "place", "resolution", "budget"}
+    assert same == free
 
 
 # ---------------------------------------------------------------------- sets of indicators
@@ -202,7 +346,10 @@ def test_only_what_needs_labels_changes_without_them(s: Situation) -> None:
 
 def test_a_set_standardises_by_the_statistics_of_a_sample(s: Situation) -> None:
     chosen = IndicatorSet(["task", "difficulty", "place", "gradient"])
-    assert (chosen.global_width, chosen.unit_width) == (5, 6 + len(KINDS))
+    assert (chosen.global_width, chosen.unit_width) == (6, 7 + len(KINDS))
+    names = [("task", "log ways"), ("difficulty", "held-out loss"), ("place", "depth")]
+    assert [chosen.numbers(False)[0], chosen.numbers(False)[5], chosen.numbers(True)[0]] == names
+    assert (len(chosen.numbers(False)), len(chosen.numbers(True))) == (6, 7 + len(KINDS))
     sample = [replace(s, held_out_loss=torch.tensor(float(k))) for k in range(5)]
     rows = [chosen.raw(each) for each in sample]
     chosen.fit(rows)
@@ -224,13 +371,45 @@ def test_a_set_standardises_by_the_statistics_of_a_sample(s: Situation) -> None:
     assert torch.equal(again(s)[1], chosen(s)[1])
 
 
-def test_one_needs_gradients_only_if_an_indicator_does() -> None:
-    assert IndicatorSet(["task", "gradient"]).needs_gradients
-    assert not IndicatorSet(["task", "place"]).needs_gradients
+def test_what_is_costly_is_asked_for_only_by_what_reads_it() -> None:
+    assert not IndicatorSet([n for n in INDICATORS.names() if not INDICATORS.get(n).needs]).needs
+    assert IndicatorSet(["task", "gradient"]).needs == {"gradients"}
+    assert IndicatorSet(["noise_floor", "consistency"]).needs == {"gradients", "noise", "flipped"}
+    passes = {"task": 0, "norm_drift": 0, "consistency": 0, "gradient": 1, "signal": 1, "noise_floor": 2}
+    assert {name: IndicatorSet([name]).backward_passes for name in passes} == passes
+    assert IndicatorSet(["gradient", "signal", "noise_floor"]).backward_passes == 2
+
+
+def test_dropout_and_noise_are_the_generators_and_of_training_alone(s: Situation) -> None:
+    names = ["task", "feature_shift", "place"]
+    clear = IndicatorSet(names)(s)
+    blurred = IndicatorSet(names, dropout=0.3, noise=0.1)
+
+    def draw(seed: int) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = blurred(s, torch.Generator().manual_seed(seed))
+        return found
+
+    assert torch.equal(draw(1)[1], draw(1)[1])
+    assert not torch.equal(draw(1)[1], draw(2)[1])
+    draws = torch.stack([draw(seed)[0] for seed in range(400)])
+    left_out = draws == 0.0
+    assert float(left_out.float().mean()) == pytest.approx(0.3, abs=0.03)
+    residual = (draws - clear[0])[~left_out]
+    assert float(residual.std()) == pytest.approx(0.1, abs=0.01)
+    each = draw(1)[1]
+    assert bool(((each == 0).all(0) == (each == 0).any(0)).all())  # a number is left out for all units
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    for off in (blurred.eval()(s, generator), IndicatorSet(names)(s, generator), blurred.train()(s)):
+        assert torch.equal(off[0], clear[0])
+        assert torch.equal(off[1], clear[1])
+    assert torch.equal(generator.get_state(), before)
+    with pytest.raises(ModmetaError, match=r"indicator_dropout must lie in 0\.\.1"):
+        IndicatorSet(names, dropout=1.0)
 
 
 def test_an_indicator_of_ones_own(s: Situation) -> None:
-    @register_indicator("test_brightness", per_unit=False, width=2)
+    @register_indicator("test_brightness", ("mean", "variance"), per_unit=False)
     def brightness(s: Situation) -> Tensor:
         return torch.stack([s.norm_mean[0], s.norm_variance[0]])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modmeta.adaptation import DivergedError, Plan, inner_loop, read_statistics, split_half_gradients
+from modmeta.adaptation import DivergedError, Plan, inner_loop, read_statistics, support_gradients
 from modmeta.adapters import AdaptedBackbone, State, UnitConfig
 
 Make = Callable[..., AdaptedBackbone]
@@ -265,22 +265,40 @@ def test_gradients_can_be_switched_off_around_it(make: Make, plan_for: PlanFor, 
 # ---------------------------------------------------------------------- gradients for the indicators
 
 
-def test_split_halves_are_the_gradients_of_each_half(make: Make, move: Move, images: Tensor) -> None:
+@pytest.mark.parametrize(("asked", "groups"), [(2, 2), (8, 4)])
+def test_groups_of_images_contribute_to_the_gradient_of_the_mean_loss(
+    asked: int, groups: int, make: Make, move: Move, images: Tensor
+) -> None:
     model = make("test_efficientnet", UnitConfig("norm_blend"), *UNITS)
     state = move(model)
     goal = torch.randn(6, model.backbone.feature_dim, generator=torch.Generator().manual_seed(5))
 
-    def losses(features: Tensor) -> Tensor:
+    def alone(features: Tensor) -> Tensor:
         return (features - goal).square().mean(1)
 
+    def together(features: Tensor) -> Tensor:
+        return (features - features.mean(0) * features.amax(0)).square().mean(1)
+
     with torch.no_grad():
-        found = split_half_gradients(model, state, images, losses)
-    assert set(found) == {unit.name for unit in model.units if unit.learns}
+        found = support_gradients(model, state, images, [alone, together], asked)
     gates = {unit.name: 1.0 for unit in model.units if unit.learns}
-    for half in (0, 1):
-        leaves = {n: t.clone().requires_grad_() for n, t in state.items()}
-        losses(model(images, leaves, gates))[half::2].mean().backward()
-        for unit, names in leaves_of(model).items():
-            expected = torch.cat([leaves[n].grad.flatten() for n in names])  # type: ignore[union-attr]
-            torch.testing.assert_close(found[unit][half], expected, rtol=1e-3, atol=1e-6)
-    assert split_half_gradients(model, state, images[:1], losses) == {}
+
+    def direct(loss: Tensor, leaves: State) -> dict[str, Tensor]:
+        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+        return {
+            unit: torch.cat([(g if (g := gradients[n]) is not None else leaves[n] * 0).flatten() for n in names])
+            for unit, names in leaves_of(model).items()
+        }
+
+    leaves = {n: t.clone().requires_grad_() for n, t in state.items()}
+    for contributions, losses in zip(found, (alone, together), strict=True):
+        assert set(contributions) == set(gates)
+        whole = direct(losses(model(images, leaves, gates)).mean(), leaves)
+        for unit, parts in contributions.items():
+            assert len(parts) == groups
+            torch.testing.assert_close(parts.sum(0), whole[unit], rtol=1e-3, atol=1e-6)
+    for group in range(groups):  # where images do not depend on each other, a group is the loss of its own
+        own = direct(alone(model(images, leaves, gates))[group::groups].sum() / len(images), leaves)
+        for unit, parts in found[0].items():
+            torch.testing.assert_close(parts[group], own[unit], rtol=1e-3, atol=1e-6)
+    assert support_gradients(model, state, images[:1], [alone]) == [{}]

@@ -113,6 +113,53 @@ def test_without_evidence_the_forecast_decides(labels: Tensor | None) -> None:
         assert verdict.gains == {"plan": pytest.approx(gain)}
 
 
+def test_a_label_free_plan_is_judged_on_the_whole_support_and_needs_no_folds() -> None:
+    labels, plans = labels_of(), {name: plan() for name in ("statistics", "plan")}
+    quality = {"statistics": 2.0, "plan": 0.1, None: 0.3}
+    folds = predictor(quality, labels, plans)
+    everyone, nobody = torch.arange(len(labels)), torch.zeros(0, dtype=torch.long)
+    asked: list[str | None] = []
+
+    def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
+        assert candidate is not plans["statistics"]
+        return folds(candidate, rest, fold)
+
+    def held_out(candidate: Plan | None) -> Tensor:
+        assert candidate is not plans["plan"]
+        asked.append(None if candidate is None else "statistics")
+        return folds(candidate, nobody, everyone)
+
+    options = {"gain": 0.0, "gain_deviation": 10.0, "held_out": held_out, "label_free": ["statistics"]}
+    verdict = judge(plans, labels, False, predict, **options)  # type: ignore[arg-type]
+    assert asked == [None, "statistics"]
+    assert verdict.choice == "statistics"
+    seen = tempered_losses(held_out(None), labels) - tempered_losses(held_out(plans["statistics"]), labels)
+    assert verdict.gains["statistics"] == pytest.approx(float(seen.mean()), rel=1e-3)
+    assert verdict.evidence == len(labels)
+
+
+def test_the_gains_of_folds_and_of_left_out_images_are_paired_image_by_image() -> None:
+    # The plan is a little better on each image, while images differ a lot: only a paired difference shows it.
+    labels, plans = labels_of(), {name: plan() for name in ("statistics", "plan")}
+    noise = 2 * torch.randn(len(labels), 4, generator=torch.Generator().manual_seed(1))
+    strength = {"prior": 0.5, "statistics": 2.0, "plan": 2.3}
+    logits = {name: noise + k * F.one_hot(labels, 4) for name, k in strength.items()}
+    losses = {name: tempered_losses(each, labels) for name, each in logits.items()}
+    difference = losses["statistics"] - losses["plan"]
+    assert difference.mean() > difference.std() / len(labels) ** 0.5
+    shuffled = losses["statistics"] - losses["plan"].roll(1)
+    assert shuffled.mean() < shuffled.std() / len(labels) ** 0.5
+
+    def name_of(candidate: Plan | None) -> str:
+        return next((name for name, each in plans.items() if each is candidate), "prior")
+
+    verdict = judge(
+        plans, labels, False, lambda p, rest, fold: logits[name_of(p)][fold], gain=0.0, gain_deviation=10.0,
+        held_out=lambda p: logits[name_of(p)], label_free=["statistics"],
+    )  # fmt: skip
+    assert verdict.choice == "plan"
+
+
 def test_gains_are_the_precision_weighted_mean_of_forecast_and_measurement() -> None:
     labels, plans = labels_of(), {"plan": plan()}
     predict = predictor({None: 0.3, "plan": 1.0}, labels, plans)

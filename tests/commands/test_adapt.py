@@ -82,6 +82,79 @@ def test_a_budget_of_zero_takes_no_gradient_step(tiny_run: Run) -> None:
     assert not units["film@all"]["open"]
 
 
+def test_a_budget_is_a_share_of_the_backward_cost(tiny_run: Run) -> None:
+    assert adapt(tiny_run, tiny_run.support, "a.safetensors", "--budget", "0.5") == 0
+    backward = json.loads(Path("a.json").read_text())["backward"]
+    assert backward["budget"] == 0.5
+    assert backward["share"] + backward["below_budget"] == 0.5
+    assert 0 <= backward["share"] <= 0.5
+    assert "below the budget" in Path("a.md").read_text()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_explanation_is_shown_and_kept(labelled: bool, tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert adapt(tiny_run, tiny_run.support if labelled else tiny_run.flat, "a.safetensors", "--explain") == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("what the policy saw", "effective rank", "what each unit did", "a.png"))
+    explanation = json.loads(Path("a.json").read_text())["explanation"]
+    units = {unit["name"]: unit for unit in explanation["units"]}
+    assert units["norm_blend@all"]["effect"]["predictions"] > 0
+    assert (units["film@all"]["effect"] is not None) == labelled
+    assert (explanation["held_out_loss"] is not None) == labelled
+    with Image.open("a.png") as picture:
+        assert picture.format == "PNG"
+    assert "a.png" in Path("a.md").read_text()
+    before = {name: Path(name).read_bytes() for name in ("a.safetensors", "a.json", "a.md", "a.png")}
+    Path("a.safetensors").unlink()
+    assert adapt(tiny_run, tiny_run.support, "a.safetensors", "--explain") == 2
+    assert "a.md exists; choose another name or add --overwrite" in capsys.readouterr().err
+    assert all(Path(name).read_bytes() == before[name] for name in ("a.json", "a.md", "a.png"))
+
+
+def test_an_explanation_changes_nothing_else(tiny_run: Run) -> None:
+    assert adapt(tiny_run, tiny_run.support) == 0
+    assert not Path("a.png").exists()
+    assert "explanation" not in json.loads(Path("a.json").read_text())
+    assert adapt(tiny_run, tiny_run.support, "b.safetensors", "--explain") == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+def test_a_threshold_of_abstention_travels_in_the_adapter_file(
+    tiny_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert adapt(tiny_run, tiny_run.support, "a.safetensors", "--abstain-target", "0.8") == 0
+    found = json.loads(Path("a.json").read_text())["provenance"]["abstention"]
+    assert (found["target"], found["images"]) == (0.8, 12)
+    assert found["kept"] == 0 or found["accuracy"] >= 0.8
+    assert f"{found['images']} held-out images" in Path("a.md").read_text()
+    capsys.readouterr()
+    rows = predict(tiny_run, tiny_run.flat, "--abstain-below", "calibrated")
+    for row in rows:
+        if abs(float(row["probability"]) - found["threshold"]) > 1e-5:  # the table is rounded
+            assert (row["abstained"] == "true") == (float(row["probability"]) < found["threshold"])
+    assert f"abstained below {found['threshold']:.3f}" in capsys.readouterr().out
+
+
+def test_thresholds_of_abstention_that_cannot_be_had(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert adapt(tiny_run, tiny_run.flat, "a.safetensors", "--abstain-target", "0.9") == 2
+    assert "--abstain-target needs labelled images" in capsys.readouterr().err
+    assert adapt(tiny_run, tiny_run.support, "a.safetensors", "--abstain-target", "9") == 2
+    assert "--abstain-target must lie in 0..1" in capsys.readouterr().err
+    assert not Path("a.safetensors").exists()
+    assert adapt(tiny_run, tiny_run.support) == 0
+    words = ["--checkpoint", str(tiny_run.checkpoint), "--adapter", "a.safetensors", "--images", str(tiny_run.flat)]
+    for given, expected in (
+        ("calibrated", "the adapter file holds no threshold; adapt with --abstain-target"),
+        ("2", "--abstain-below must lie in 0..1 or be `calibrated`, got 2"),
+        ("often", "--abstain-below must lie in 0..1 or be `calibrated`, got often"),
+    ):
+        assert main(["predict", *words, "--output", "p.csv", "--abstain-below", given]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert len(error.splitlines()) == 1
+    assert not Path("p.csv").exists()
+
+
 def test_nothing_is_overwritten_unasked(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.safetensors").write_text("precious")
     assert adapt(tiny_run, Path("no such folder")) == 2

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from modmeta.adaptation import Adapted, Plan, Support, candidates, stratified_folds
+from modmeta.adaptation import Adapted, Plan, Support, backward_macs, candidates, stratified_folds
+from modmeta.backbone import Backbone
+from modmeta.backbone.fingerprint import fingerprint
 from modmeta.errors import ModmetaError, unknown
-from modmeta.evaluation.systems.cost import backward_macs
 from modmeta.evaluation.systems.system import Outcome, System, Task, register_system
 from modmeta.learners import MetaLearner, ModularMetaLearner, load_learner
 
@@ -24,12 +25,15 @@ class LearnerSystem(System):
     Args:
         overrides: arguments of the learner to set otherwise, such as ``{"veto": false}`` or ``{"budget": 0.3}``.
         shuffled: give the policy the indicators of another episode of the comparison.
-        checkpoint: of a learner that was trained elsewhere on the same backbone and source domains; None takes the
-            one that the comparison tests.
+        checkpoint: of a learner that was trained elsewhere on the same backbone and source domains, with whatever
+            taps; by test domain, where the comparison tests one checkpoint per domain; None takes the tested one.
     """
 
     def __init__(
-        self, overrides: dict[str, Any] | None = None, shuffled: bool = False, checkpoint: str | None = None
+        self,
+        overrides: dict[str, Any] | None = None,
+        shuffled: bool = False,
+        checkpoint: str | dict[str, str] | None = None,
     ) -> None:
         self.overrides = overrides or {}
         self.shuffled = shuffled
@@ -42,15 +46,25 @@ class LearnerSystem(System):
             ModmetaError: if it is of another backbone or other sources, or if an override does not fit.
         """
         own = learner
-        if self.checkpoint is not None:
-            own = load_learner(self.checkpoint).to(learner.device)
-            _check_comparable(own, learner, self.checkpoint)
+        path = self._path(learner)
+        if path is not None:
+            own = load_learner(path).to(learner.device)
+            _check_comparable(own, learner, path)
         if self.shuffled and not isinstance(own, ModularMetaLearner):
             raise ModmetaError("learner: only a ModularMetaLearner has indicators to shuffle; leave shuffled out")
         own = _view(own)
         for name, value in self.overrides.items():
             _override(own, name, value)
         super().prepare(own)
+
+    def _path(self, learner: MetaLearner) -> str | None:
+        if not isinstance(self.checkpoint, dict):
+            return self.checkpoint
+        unseen = [path for domain, path in self.checkpoint.items() if domain not in learner.sources.domains]
+        if len(unseen) != 1:
+            sources = ", ".join(learner.sources.domains)
+            raise ModmetaError(f"learner: name one checkpoint for the domain beside {sources}; there are {len(unseen)}")
+        return unseen[0]
 
     def adapt(self, task: Task) -> Outcome:
         """Let the learner adapt."""
@@ -73,13 +87,14 @@ class LearnerSystem(System):
 class _Fixed(nn.Module):
     """Indicators that do not depend on the situation."""
 
-    needs_gradients = False
+    needs: frozenset[str] = frozenset()
+    backward_passes = 0
 
     def __init__(self, whole: Tensor, each: Tensor) -> None:
         super().__init__()
         self.values = whole, each
 
-    def forward(self, situation: object) -> tuple[Tensor, Tensor]:
+    def forward(self, situation: object, generator: object = None) -> tuple[Tensor, Tensor]:
         return self.values
 
 
@@ -91,8 +106,7 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
     total = backward_macs(model, model.active(adapted.plan.gate_of()), count, adapted.plan.steps)
     if not isinstance(learner, ModularMetaLearner):
         return total
-    if learner.indicators.needs_gradients:
-        total += backward_macs(model, model.units, count, 2)  # one per half
+    total += backward_macs(model, model.units, count, learner.indicators.backward_passes)
     if learner.veto:
         plan = Plan.from_dict(adapted.report["plan"])
         known = bool(learner.sources.view(support.hidden).anchor(support.classes).known.all())
@@ -102,6 +116,10 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
             open_units = model.active(tried.gate_of())
             total += sum(backward_macs(model, open_units, len(rest), tried.steps) for rest, _ in folds)
     return total
+
+
+def _weights(backbone: Backbone) -> str:
+    return fingerprint(backbone.name.partition(".")[0], backbone.tensors(), backbone.preprocessing)
 
 
 def _view(learner: L) -> L:
@@ -123,7 +141,7 @@ def _override(learner: MetaLearner, name: str, value: Any) -> None:
 
 
 def _check_comparable(own: MetaLearner, tested: MetaLearner, path: str) -> None:
-    if own.model.backbone.fingerprint() != tested.model.backbone.fingerprint():
+    if len({_weights(learner.model.backbone) for learner in (own, tested)}) > 1:
         raise ModmetaError(f"checkpoint {path} has another backbone than the one that is tested; train it on the same")
     if set(own.sources.domains) != set(tested.sources.domains):
         raise ModmetaError(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modmeta.adaptation import backward_macs
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.backbone import Site
 from modmeta.errors import ModmetaError
-from modmeta.evaluation.systems.cost import backward_macs
 from modmeta.evaluation.systems.readout import Readout
 from modmeta.evaluation.systems.system import Outcome, Task, register_system
 from modmeta.evaluation.systems.unit_system import GradientSystem, Optimizer

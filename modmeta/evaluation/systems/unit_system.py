@@ -8,11 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
-from modmeta.adaptation import DivergedError, Head, Plan, inner_loop, read_statistics
+from modmeta.adaptation import DivergedError, Head, Plan, backward_macs, inner_loop, read_statistics
 from modmeta.adapters import AdaptedBackbone, State, Unit, UnitConfig, check_alive
 from modmeta.errors import unknown
 from modmeta.evaluation.systems.closed_form import make_head
-from modmeta.evaluation.systems.cost import backward_macs
 from modmeta.evaluation.systems.readout import ClosedForm, Readout
 from modmeta.evaluation.systems.system import Outcome, System, Task
 from modmeta.learners import MetaLearner

@@ -12,11 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from modmeta.adaptation import inner_loop
+from modmeta.adaptation import backward_macs, inner_loop
 from modmeta.adapters import UnitConfig
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.systems import SYSTEMS, AutoRGN, Constant, RandomGates, SparseUpdate, Task, TinyTrain
-from modmeta.evaluation.systems.cost import backward_macs
 from modmeta.evaluation.systems.unit_system import GradientSystem
 from modmeta.learners import ModularMetaLearner
 

@@ -259,9 +259,10 @@ def test_backward_cost_of_the_learner_counts_every_pass(
     passes: list[int] = []
     real = torch.autograd.grad
 
-    def counted(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        passes.append(images[-1])
-        return real(outputs, *args, **kwargs)
+    def counted(outputs: Tensor, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(inputs, Tensor):  # features, from which nothing goes back through the backbone
+            passes.append(images[-1] if outputs.ndim == 0 else len(outputs))
+        return real(outputs, inputs, *args, **kwargs)
 
     images: list[int] = []
     run = learner.model.backbone.run
@@ -274,14 +275,14 @@ def test_backward_cost_of_the_learner_counts_every_pass(
     monkeypatch.setattr(learner.model.backbone, "run", watched)
     try:
         with torch.no_grad():
-            outcome = system.adapt(make_task())
+            outcome = system.adapt(task := make_task())
     finally:
         with torch.no_grad():
             learner.policy.per_unit.bias[0] -= 10
     backbone = learner.model.backbone
     behind = backbone.macs(learner.model.cut_before([unit for unit in learner.model.units if unit.learns]))
-    kept = set(passes)
-    assert len(kept) == 2  # whole supports, and what folds leave of them
+    # The halves that the indicators compare, and what either fold leaves.
+    assert set(passes) == {len(task.support.images) // 2}
     assert outcome.backward_macs == 2 * behind * sum(passes)
 
 

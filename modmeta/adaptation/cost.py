@@ -1,4 +1,4 @@
-"""What a backward pass costs: the one definition that all systems are charged by."""
+"""What a backward pass costs: the one definition that plans, budgets and all systems are charged by."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def backward_macs(model: AdaptedBackbone, units: Iterable[Unit], images: int, pa
     """
     learning = [unit for unit in units if unit.learns]
     return 2 * model.backbone.macs(model.cut_before(learning)) * images * passes
+
+
+def backward_shares(model: AdaptedBackbone) -> dict[str, float]:
+    """Return by learning unit what a backward pass costs that goes back to it alone, 0 to 1.
+
+    It is a share of the pass that goes back to all learning units. As a pass pays for everything behind the
+    earliest unit that it reaches, the share of several units is the largest of theirs.
+
+    Args:
+        model: the backbone and its units.
+    """
+    whole = backward_macs(model, model.units, 1)
+    return {unit.name: backward_macs(model, [unit], 1) / max(whole, 1) for unit in model.units if unit.learns}
