@@ -74,6 +74,7 @@ class ClosedModel(nn.Module):
 
     mean: Tensor
     std: Tensor
+    feature_scale: Tensor
 
     def __init__(self, model: AdaptedBackbone, content: AdapterFile) -> None:
         super().__init__()
@@ -82,6 +83,9 @@ class ClosedModel(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(model.backbone.preprocessing[name])
             self.register_buffer(name, values[:, None, None])
+        own = torch.ones(model.backbone.own_dim)
+        scale = [own, model.backbone.tap_scale.cpu()] if model.backbone.taps else [own]
+        self.register_buffer("feature_scale", torch.cat(scale))
         # A function, because what the modules of a slot hand on to each other belongs to one pass.
         self._slots = partial(model.slots, content.state, gates_of(content))
         self.eval().requires_grad_(False)
@@ -96,7 +100,7 @@ class ClosedModel(nn.Module):
         slots = self._slots()
         at_features = slots.pop(FEATURES, None)
         with hooked(self.backbone, slots, {}):
-            features = self.backbone((x - self.mean) / self.std)
+            features = self.backbone((x - self.mean) / self.std) * self.feature_scale
         if at_features is not None:
             features = at_features(features, features, lambda x: x)
         logits = self.head(features)

@@ -33,6 +33,11 @@ def write_state_dict(
             f"units {', '.join(unit.name for unit in slots)} compute something new instead of changing weights, so no "
             f"state dict of {model.backbone.name} can hold them; use --format torch_export or onnx"
         )
+    if model.backbone.taps:
+        raise ModmetaError(
+            f"the features hold what taps read at {', '.join(model.backbone.taps)}, which no timm model returns; use "
+            "--format torch_export or onnx"
+        )
     body = merged_backbone(model, content)
     creation = _creation(model)
     whole = None

@@ -39,8 +39,8 @@ SLOT_NAMES = tuple(name for name, _ in SLOTS)
 class Case:
     """An adaptation by hand: modules off the identity, gates between 0 and 1, statistics read off images."""
 
-    def __init__(self, name: str, head: str, slots: bool, size: int = SIZE) -> None:
-        backbone = _backbone(name, size)
+    def __init__(self, name: str, head: str, slots: bool, size: int = SIZE, taps: tuple[str, ...] = ()) -> None:
+        backbone = _backbone(name, size, taps)
         modules = OVERLAYS + SLOTS if slots else OVERLAYS
         configs = [UnitConfig(module, options, group="all") for module, options in modules]
         fitting = [config for config in configs if _fits(backbone, config)]
@@ -79,14 +79,16 @@ class Case:
 
 
 @cache
-def _backbone(name: str, size: int) -> Backbone:
-    backbone = Backbone(name, pretrained=False, image_size=size)
+def _backbone(name: str, size: int, taps: tuple[str, ...] = ()) -> Backbone:
+    backbone = Backbone(name, pretrained=False, image_size=size, taps=taps)
     generator = torch.Generator().manual_seed(0)
     for key, buffer in backbone.model.named_buffers():
         if key.endswith("running_mean"):
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         if key.endswith("running_var"):
             buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    with torch.no_grad():
+        backbone.calibrate(backbone(torch.rand(16, 3, size, size, generator=generator)))
     return backbone
 
 
@@ -281,6 +283,17 @@ def test_a_graph_keeps_slots_head_and_normalisation(
     for slot in slots:
         without = adapted.model(adapted.images, adapted.state, {**adapted.gates, slot: 0.0}).detach()
         assert (without - adapted.features(adapted.images)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("format", GRAPHS)
+def test_a_graph_keeps_taps_and_a_state_dict_cannot(format: str, tmp_path: Path) -> None:
+    tapped = Case("test_efficientnet", "ridge", slots=False, taps=("blocks.0", "blocks.1"))
+    path = tmp_path / f"model{FORMATS[format].suffix}"
+    assert tapped.export(path, format).difference <= 1e-4
+    run = run_pt2(path) if format == "torch_export" else run_onnx(path)
+    torch.testing.assert_close(run(tapped.images)[0], tapped.live(tapped.images), rtol=0, atol=1e-4)
+    with pytest.raises(ModmetaError, match=r"taps read at blocks\.0, blocks\.1"):
+        tapped.export(tmp_path / "model.safetensors", "state_dict")
 
 
 def test_a_graph_carries_its_metadata(tmp_path: Path) -> None:
