@@ -3,7 +3,8 @@
     python benchmarks/taps.py --root PACS --weights tf_efficientnet_lite0.safetensors
 
 Each domain is held out in turn; the source classifier comes from 60 images per class of the other three, and so does
-the scale of the taps. Heads have their default strengths. 95 % intervals by the bootstrap over episodes, within domains.
+the scale of the taps. Heads have their default strengths. Intervals of 95 % by the bootstrap over episodes, within
+domains.
 """
 
 from __future__ import annotations

@@ -1,0 +1,230 @@
+"""The way of one domain: from a support set to a situation, a plan, a verdict, and what comes of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from modmeta.adaptation import (
+    PRIOR,
+    Adapted,
+    DivergedError,
+    IndicatorSet,
+    Plan,
+    Policy,
+    Situation,
+    Support,
+    UpdateRule,
+    Verdict,
+    candidates,
+    inner_loop,
+    judge,
+    observe_norms,
+    read_statistics,
+    running_statistics,
+    support_gradients,
+)
+from modmeta.adapters import State
+from modmeta.backbone import Site
+from modmeta.learners.base import MetaLearner
+
+
+class PolicyAdaptation(MetaLearner):
+    """The half of the modular learner that adapts: what a support set goes through, at test and in training alike."""
+
+    indicators: IndicatorSet
+    policy: Policy
+    rule: UpdateRule
+    trust: float
+    second_order: bool
+    budget: float
+    veto: bool
+    veto_folds: int
+    veto_caution: float
+    backward_shares: dict[str, float]
+    _norm_sites: list[Site]
+
+    def adapt(self, support: Support) -> Adapted:
+        """Describe the domain, plan, consult the veto, and carry out what remains."""
+        situation = self.situate(support)
+        plan = self.plan(situation).detach()
+        plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
+        verdict = self._judge(plans, plan, support, situation.features)
+        chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
+        state, losses = self.carry_out(chosen, support)
+        features = self._features(support.images, state, chosen, situation.features)
+        # The prior is the head as it is; the policy's strength of the ridge is part of its plan.
+        ridge = None if verdict.choice == PRIOR else chosen.ridge
+        classifier = self.fit_head(features, support, ridge=ridge)
+        report = {
+            "labelled": support.labels is not None,
+            "plan": plan.to_dict(),
+            "verdict": verdict.to_dict(),
+            "support_losses": losses,
+            "expected_gain": float(plan.gain),
+            "expected_gain_deviation": float((0.5 * plan.gain_log_variance).exp()),
+        }
+        return Adapted(state, chosen, classifier, support.classes, report)
+
+    def situate(self, support: Support, budget: float | None = None) -> Situation:
+        """Collect what the indicators need to know of a support set, and nothing that none of them asks for.
+
+        Args:
+            support: the images.
+            budget: what the adaptation may take; None is the learner's own.
+        """
+        needs, backbone = self.indicators.needs, self.model.backbone
+        with torch.no_grad():
+            features, mean, variance = observe_norms(backbone, support.images, self._norm_sites)
+            flipped = backbone(support.images.flip(-1)) if "flipped" in needs else None
+            held_out = None
+            gradients: list[dict[str, Tensor]] = []
+            if support.labels is not None:
+                held_out = self.inner_loss(features, support).mean()
+                gradients = self._gradients(support, support.labels)
+        view = self.sources.view(support.hidden)
+        specialists = self.bank.visible(support.hidden)
+        distances = None
+        if specialists:
+            means = torch.stack([self.bank.means[domain] for domain in specialists])
+            distances = view.distances(features.mean(0), len(features), means) / view.typical
+        return Situation(
+            features=features,
+            labels=support.labels,
+            ways=support.ways,
+            classes=support.classes,
+            domain=support.domain,
+            norm_mean=mean,
+            norm_variance=variance,
+            norm_sites=self._norm_sites,
+            sources=view,
+            distances=distances,
+            held_out_loss=held_out,
+            gradients=gradients[0] if gradients else {},
+            noise=gradients[1] if len(gradients) > 1 else {},
+            flipped=flipped,
+            running=running_statistics(backbone, self._norm_sites) if "running" in needs else None,
+            units=self.model.units,
+            shares=self.backward_shares,
+            budget=self.budget if budget is None else budget,
+            image_size=backbone.image_size,
+        )
+
+    def _gradients(self, support: Support, labels: Tensor) -> list[dict[str, Tensor]]:
+        """Return what the indicators ask for: gradients under the labels, and under permuted ones."""
+        needs = self.indicators.needs
+        # The same permutation whenever there are as many images, so that the same images give the same plan.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+        supports = [support] if "gradients" in needs else []
+        supports += [replace(support, labels=labels[order])] if "noise" in needs else []
+        losses = [lambda x, own=own: self.inner_loss(x, own) for own in supports]
+        groups = 8 if "groups" in needs else 2
+        return support_gradients(self.model, self.bank.initial(), support.images, losses, groups) if losses else []
+
+    def plan(self, situation: Situation, generator: torch.Generator | None = None) -> Plan:
+        """Let the policy decide, within the budget and what the support's labels allow."""
+        whole, each = self.indicators(situation, generator)
+        plan = self.policy(self.model.units, whole, each, situation.distances, generator)
+        if not torch.isfinite(torch.cat([plan.gates, plan.rates.flatten()])).all():
+            raise DivergedError("the policy's plan is not finite")
+        plan = plan.within(situation.budget, self.backward_shares)
+        if situation.labels is None:
+            plan = plan.keeping(self._reading())
+        return replace(plan, rates=self.rule(plan))
+
+    def carry_out(self, plan: Plan, support: Support, statistics: State | None = None) -> tuple[State, list[float]]:
+        """Run the inner loop of a plan.
+
+        Args:
+            plan: what to do.
+            support: the images.
+            statistics: what the plan's reading units observe on them, where that is known already.
+
+        Returns:
+            the adapted state, and the support loss before every step.
+        """
+        initial = self._initial(plan, support)
+        loss = None
+        if support.labels is not None:
+            ridge = plan.ridge.detach()
+
+            def loss(features: Tensor) -> Tensor:
+                return self.inner_loss(features, support, ridge).mean()
+
+        return inner_loop(
+            self.model,
+            initial,
+            plan,
+            support.images,
+            loss,
+            statistics=statistics,
+            rule=self.rule,
+            second_order=self.second_order,
+            trust=self.trust,
+        )
+
+    def _initial(self, plan: Plan, support: Support) -> State:
+        initial = self.bank.initial()
+        specialists = self.bank.visible(support.hidden)
+        if specialists:
+            for row, unit in enumerate(self.model.units):
+                initial |= self.bank.blend(unit, specialists, plan.bank[row])
+        return initial
+
+    def _features(self, images: Tensor, state: State, plan: Plan, prior: Tensor) -> Tensor:
+        gates = plan.gate_of()
+        active = self.model.active(gates)
+        if not active:
+            return prior
+        start = self.model.cut_before(active)
+        return self.model(self._hidden(images, start, None), state, gates, start=start)
+
+    def _reading(self) -> list[str]:
+        return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
+
+    def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
+        if not self.veto:
+            return Verdict("plan", {}, {}, 0)
+        read: dict[int, State] = {}
+
+        def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
+            assert support.labels is not None
+            part = replace(support, images=support.images[rest], labels=support.labels[rest])
+            with torch.no_grad():
+                if candidate is None:
+                    return self.fit_head(features[rest], part)(features[fold])
+                key = int(fold[0])  # folds are disjoint, so an image of one names it
+                if key not in read:
+                    # All candidates read the same statistics of a fold.
+                    read[key] = read_statistics(self.model, self._initial(plan, part), plan, part.images)
+                try:
+                    state, _ = self.carry_out(candidate, part, read[key])
+                except DivergedError:
+                    return features.new_full((len(fold), support.ways), torch.nan)  # never chosen
+                both = torch.cat([rest, fold])
+                x = self._features(support.images[both], state, candidate, features[both])
+                return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
+
+        @torch.no_grad()
+        def held_out(candidate: Plan | None) -> Tensor:
+            if candidate is None:
+                return self.held_out_logits(features, support)
+            state, _ = self.carry_out(candidate, support)
+            x = self._features(support.images, state, candidate, features)
+            return self.held_out_logits(x, support, candidate.ridge)
+
+        reading = self._reading()
+        return judge(
+            plans,
+            support.labels,
+            bool(self.sources.view(support.hidden).anchor(support.classes).known.all()) and self.head.anchored,
+            predict,
+            gain=float(plan.gain),
+            gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
+            held_out=held_out,
+            label_free=[name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
+            folds=self.veto_folds,
+            caution=self.veto_caution,
+        )
