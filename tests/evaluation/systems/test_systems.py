@@ -325,11 +325,22 @@ def test_another_checkpoint_adapts_in_its_own_way(
     with torch.no_grad():
         expected = tested.logits(tested.adapt(task.support), task.episode.query)
     assert torch.equal(logits_of(build("learner", tested, checkpoint=path), task), expected)
+    by_domain = {"elsewhere": path, tested.sources.domains[0]: "missing.ckpt"}
+    assert torch.equal(logits_of(build("learner", tested, checkpoint=by_domain), task), expected)
+    with pytest.raises(ModmetaError, match=r"name one checkpoint for the domain beside .*; there are 2"):
+        build("learner", tested, checkpoint={"elsewhere": path, "nowhere": path})
     with pytest.raises(ModmetaError, match="has another backbone"):
         build("learner", learner, checkpoint=path)
     monkeypatch.setattr(tested.sources, "domains", ("ink", *tested.sources.domains[1:]))
     with pytest.raises(ModmetaError, match="was trained on domains"):
         build("learner", tested, checkpoint=path)
+
+
+@pytest.mark.parametrize("name", ["pacs", "pacs_short", "quickstart"])
+def test_every_shipped_comparison_is_accepted(name: str) -> None:
+    path = Path(modmeta.__file__).parents[1] / "configs" / "compare" / f"{name}.yaml"
+    comparison, systems, *_ = read_settings(["--config", str(path)])
+    assert set(systems) == set(comparison.systems)
 
 
 def test_the_configuration_for_pacs_builds_every_system() -> None:
