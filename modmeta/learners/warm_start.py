@@ -56,10 +56,7 @@ def _regress(
     ridge = torch.tensor([table.actions[a].ridge for a in best.tolist()])
     gain = -changes(table).gather(1, best[:, None])[:, 0].float()
     moved = (gates > 0) & torch.tensor([unit.learns for unit in units])
-    # What IndicatorSet shows the policy of these numbers.
-    own = {name: buffer.cpu() for name, buffer in indicators.named_buffers()}
-    whole = ((table.whole - own["center_global"]) / own["scale_global"]).clamp(-3.0, 3.0)
-    each = ((table.each - own["center_unit"]) / own["scale_unit"]).clamp(-3.0, 3.0)
+    whole, each = indicators.standardise(table.whole, table.each)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         policy = Policy(indicators.global_width, indicators.unit_width, steps)

@@ -86,6 +86,13 @@ class IndicatorSet(nn.Module):
             # A number that never varied would blow up on the first domain where it does.
             getattr(self, f"scale_{part}").copy_(torch.where(deviation > 1e-4, deviation, torch.ones_like(deviation)))
 
+    def standardise(self, whole: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+        """Return raw indicators ``(..., G)`` and ``(..., F)`` as the policy sees them, on their own device."""
+        own = {name: buffer.to(whole.device) for name, buffer in self.named_buffers()}
+        whole = ((whole - own["center_global"]) / own["scale_global"]).clamp(-3.0, 3.0)
+        each = ((each - own["center_unit"]) / own["scale_unit"]).clamp(-3.0, 3.0)
+        return whole, each
+
     def forward(self, situation: Situation, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return standardised indicators, clipped to three standard deviations.
 
@@ -93,9 +100,7 @@ class IndicatorSet(nn.Module):
             situation: what they are computed from.
             generator: source of dropout and noise while training; None leaves the numbers alone.
         """
-        whole, each = self.raw(situation)
-        whole = ((whole - self.center_global) / self.scale_global).clamp(-3.0, 3.0)
-        each = ((each - self.center_unit) / self.scale_unit).clamp(-3.0, 3.0)
+        whole, each = self.standardise(*self.raw(situation))
         if generator is None or not self.training:
             return whole, each
         return self._blur(whole, generator), self._blur(each, generator)
