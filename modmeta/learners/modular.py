@@ -28,6 +28,7 @@ from modmeta.errors import ModmetaError
 from modmeta.learners.adapting import PolicyAdaptation
 from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig, datamodule_of
+from modmeta.learners.transfer import take_policy
 from modmeta.learners.warm_start import start_from_table, table_for
 
 
@@ -69,6 +70,9 @@ class ModularMetaLearner(PolicyAdaptation):
         calibration_episodes: training episodes on which the indicators are standardised.
         warm_start: folder of an action table of these units and indicators. Before the first episode the policy is
             regressed onto the best action of its episodes, and the indicators are standardised on those.
+        policy_from: checkpoint of another modular learner whose policy, standardisation of the indicators and strengths
+            of the head this one takes over, whatever its backbone, units and domains were. ``test`` then needs no
+            training, and a ``fit`` goes on from there.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class ModularMetaLearner(PolicyAdaptation):
         unlabelled_share: float = 0.1,
         calibration_episodes: int = 32,
         warm_start: str | None = None,
+        policy_from: str | None = None,
     ) -> None:
         super().__init__(
             backbone, units, head, head_options, source, learning_rate, baselines, source_images, cache_dir
@@ -107,6 +112,8 @@ class ModularMetaLearner(PolicyAdaptation):
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
         if not 0.0 <= budget <= 1.0:
             raise ModmetaError(f"budget must lie in 0..1, got {budget}")
+        if warm_start is not None and policy_from is not None:
+            raise ModmetaError("warm_start and policy_from both say where the policy starts; give one of them")
         self.trust = trust
         self.second_order = second_order
         self.harm_weight = harm_weight
@@ -119,6 +126,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.unlabelled_share = unlabelled_share
         self.calibration_episodes = calibration_episodes
         self.warm_start = warm_start
+        self.policy_from = policy_from
         self.indicators = IndicatorSet(indicators, indicator_dropout, indicator_noise)
         self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps)
         self.rule = UPDATE_RULES.get(rule)(self.model.units, steps)
@@ -186,13 +194,35 @@ class ModularMetaLearner(PolicyAdaptation):
         return cost
 
     def setup(self, stage: str) -> None:
-        """Make what needs the data module; refuse a table to start from before any work is done."""
+        """Make what needs the data module; refuse a table or policy to start from before any work is done."""
         super().setup(stage)
-        if self.warm_start is not None and stage == "fit" and not self.trainer.ckpt_path:
+        if self.trainer.ckpt_path:
+            return
+        if self.warm_start is not None and stage == "fit":
             table_for(self.warm_start, self.policy, self.indicators, self.model.units)
+        if self.policy_from is not None and not self.sources.ready:
+            self._take_policy(self.policy_from)
+
+    def _take_policy(self, path: str) -> None:
+        take_policy(path, self.policy, self.indicators, self.head, self.hparams["head"])
+
+    def on_test_epoch_start(self) -> None:
+        """Start new figures; a policy that was taken over needs the sources measured, and nothing else.
+
+        Raises:
+            ModmetaError: if this model was never trained.
+        """
+        trained = not self.source.epochs or self.phase is not None or bool(self.trainer.ckpt_path)
+        if self.policy_from is not None and not self.sources.ready and trained:
+            with torch.inference_mode(False):
+                self.measure_sources()
+        super().on_test_epoch_start()
 
     def on_sources_measured(self) -> None:
-        """Standardise the indicators on the first training episodes, or start from the table of an action grid."""
+        """Standardise the indicators on the first training episodes, unless the policy brings that with it."""
+        if self.policy_from is not None:
+            self._take_policy(self.policy_from)
+            return
         if self.warm_start is not None:
             table = table_for(self.warm_start, self.policy, self.indicators, self.model.units)
             start_from_table(table, self.policy, self.indicators, self.model.units)
