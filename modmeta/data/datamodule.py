@@ -12,6 +12,8 @@ from modmeta.data.draw import EpisodeDraw, EvaluationEpisodes, TrainingEpisodes
 from modmeta.data.episode import Episode
 from modmeta.data.folders import DomainFolder
 from modmeta.data.images import ImageStore
+from modmeta.data.own_classes import OwnClasses
+from modmeta.data.rotations import RotatedClasses
 from modmeta.data.sampler import (
     EpisodeDataset,
     EpisodeLoader,
@@ -39,6 +41,9 @@ class DomainDataModule(LightningDataModule):
 
     Args:
         root: a folder ``domain/class/image``, or the word ``digits`` for the embedded digits in seven styles.
+        own_classes: whether classes of the same name in two domains are two classes, as the first characters of two
+            alphabets are; default: domains share classes by name.
+        rotations: whether each class, turned by 90, 180 and 270 degrees, gives three more classes.
         train_domains: default: every domain that is neither for validation nor for test.
         val_domains: default: validate on the training domains under simulated shifts of held-out families.
         test_domains: the domains to test on.
@@ -60,6 +65,8 @@ class DomainDataModule(LightningDataModule):
         batch_size: images in a source batch, over all devices.
         num_workers: processes that load data, per device.
         cache_dir: a folder to keep decoded images in; default: in memory.
+        strict_images: whether a single image that cannot be used is an error; default: it is left out,
+            named in a warning and listed in ``store.quarantined``.
         seed: fixes every draw.
     """
 
@@ -72,6 +79,8 @@ class DomainDataModule(LightningDataModule):
     def __init__(
         self,
         root: str = "digits",
+        own_classes: bool = False,
+        rotations: bool = False,
         train_domains: list[str] | None = None,
         val_domains: list[str] | None = None,
         test_domains: list[str] | None = None,
@@ -92,6 +101,7 @@ class DomainDataModule(LightningDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        strict_images: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -164,9 +174,14 @@ class DomainDataModule(LightningDataModule):
             self.hparams["batch_size"],
             rank,
             world,
+            self._steps_done,
         )
         dataset = EpisodeDataset(self._draw("train"), self._source)
         return EpisodeLoader(dataset, sampler, self.hparams["num_workers"])
+
+    def _steps_done(self) -> int:
+        fit = getattr(self.trainer, "fit_loop", None)
+        return 0 if fit is None else int(fit.epoch_loop.batch_idx) + 1
 
     def val_dataloader(self) -> EpisodeLoader:
         """Return the loader of validation episodes, one at a time."""
@@ -192,10 +207,16 @@ class DomainDataModule(LightningDataModule):
         return self._draws[split]
 
     def _open_store(self) -> ImageStore:
-        root, image_size = self.hparams["root"], self.hparams["image_size"]
-        if root == "digits":
-            return DigitsDomains(image_size)
-        return DomainFolder(root, image_size, self.hparams["cache_dir"])
+        hparams = self.hparams
+        store: ImageStore
+        if hparams["root"] == "digits":
+            store = DigitsDomains(hparams["image_size"])
+        else:
+            folder = hparams["root"], hparams["image_size"], hparams["cache_dir"], hparams["strict_images"]
+            store = DomainFolder(*folder)
+        if hparams["own_classes"]:
+            store = OwnClasses(store)
+        return RotatedClasses(store) if hparams["rotations"] else store
 
     def _make_draws(self, sides: dict[str, Side], train_pool: Pool) -> dict[str, EpisodeDraw]:
         hparams = self.hparams

@@ -5,36 +5,52 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
 from modmeta.data import decode
 from modmeta.data.cache import RowCache
 from modmeta.data.images import Ids, ImageStore
+from modmeta.data.inspect import Inspection, inspect_files
+from modmeta.data.scan import ImageFile, Scan, scan
+from modmeta.data.screen import Screened, screen
+from modmeta.data.verdicts import read_verdicts, write_verdicts
 from modmeta.errors import ModmetaError
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of decoded images that are kept when there is no cache folder
-LAYOUT = "expected ROOT/domain/class/image"
+CHUNK = 256  # images that are inspected before their pixels go into the cache
 
 
 class DomainFolder(ImageStore):
-    """Images in a folder tree ``root/domain/class/image``, decoded when first asked for.
+    """Images in a folder tree ``root/domain/class/image``, all inspected before any is used.
 
-    Hidden files and folders are passed over, and so are links to folders or to files outside
-    ``root``. Decoded images are kept under ``cache_dir``, or in memory while all of them would fit
-    into 2 GiB.
+    - A bad image is quarantined: it is left out, never replaced by another, and listed with its reason.
+    - The same pixels under two labels of a domain quarantine every file that has them.
+    - Of several copies of an image in a class the first is used.
+    - Hidden files and folders are passed over, and so are links that lead out of ``root`` or to what is
+      known already.
+
+    Each of these is told in one warning. Decoded images are kept under ``cache_dir``, where the verdicts
+    are kept too, or in memory while all of them would fit into 2 GiB.
 
     Args:
         root: the folder of the domains.
         image_size: side of the square images, in pixels.
-        cache_dir: a folder for decoded images, shared by all runs and processes that name it.
+        cache_dir: a folder for decoded images and verdicts, shared by all runs and processes that name it.
+        strict: whether a single quarantined image is an error.
+
+    Attributes:
+        quarantined: the images that are not used, with their reasons.
+        copies: images with the pixels of another of their class, and that other one.
 
     Raises:
-        ModmetaError: if ``root`` is missing or its layout is not as expected.
+        ModmetaError: if ``root`` is missing, its layout is not as expected, or a class has no good image.
     """
 
     def __init__(
@@ -42,135 +58,130 @@ class DomainFolder(ImageStore):
         root: str | os.PathLike[str],
         image_size: int,
         cache_dir: str | os.PathLike[str] | None = None,
+        strict: bool = False,
     ) -> None:
-        found = scan(Path(root))
-        domains = sorted({file.domain for file in found})
-        classes = sorted({file.class_name for file in found})
+        self.root = Path(root)
+        found = scan(self.root)
+        if found.faults:
+            raise ModmetaError(found.faults[0])
+        files, key = found.files, _key(found.files, image_size)
+        path = None if cache_dir is None else Path(cache_dir) / f"images-{key[:16]}"
+        cache = RowCache(path, len(files), (3, image_size, image_size), torch.uint8)
+        self._cache = None if path is None and cache.nbytes > MEMORY_LIMIT else cache
+        screened = screen(self._inspect(files, image_size, None if cache_dir is None else Path(cache_dir)))
+        if strict and screened.quarantined:
+            raise ModmetaError(f"{_told(screened.quarantined[0])}; remove or fix it, or drop strict_images")
+        self.quarantined, self.copies = screened.quarantined, screened.copies
+        _refuse_emptied(self.root, files, screened)
+        self._warn(found, screened)
+        used = [files[place] for place in screened.kept]
+        domains = sorted({file.domain for file in used})
+        classes = sorted({file.class_name for file in used})
         domain_index = {name: index for index, name in enumerate(domains)}
         class_index = {name: index for index, name in enumerate(classes)}
         super().__init__(
             domains,
             classes,
-            np.array([domain_index[file.domain] for file in found]),
-            np.array([class_index[file.class_name] for file in found]),
+            np.array([domain_index[file.domain] for file in used]),
+            np.array([class_index[file.class_name] for file in used]),
             image_size,
-            _key(found, image_size),
+            key if len(used) == len(files) else hashlib.sha256(f"{key} {screened.kept}".encode()).hexdigest(),
         )
-        self.root = Path(root)
-        self._names = [file.relative for file in found]
-        path = None if cache_dir is None else Path(cache_dir) / f"images-{self.key[:16]}"
-        cache = RowCache(path, len(self), (3, image_size, image_size), torch.uint8)
-        self._cache = None if path is None and cache.nbytes > MEMORY_LIMIT else cache
-        if self._cache is None:
-            warnings.warn(
-                f"{len(self)} images at {image_size} pixels do not fit into memory and are decoded "
-                f"every time; give a cache_dir to keep them on disk",
-                stacklevel=2,
-            )
+        self._names = [file.relative for file in files]
+        self._places = torch.tensor(screened.kept)  # of the rows, in the scan and in the cache
 
     def path(self, row: int) -> Path:
         """Return the file of a row."""
-        return self.root / self._names[row]
+        return self.root / self._names[self._places[row]]
 
     def load(self, ids: Ids) -> Tensor:
         """Return the images of some rows, ``(n, 3, image_size, image_size)``, uint8.
 
         Raises:
-            ModmetaError: if a file cannot be decoded; the message names it.
+            ModmetaError: if a file has become undecodable since it was inspected; the message names it.
         """
-        rows = torch.as_tensor(ids)
-        return self._decode(rows) if self._cache is None else self._cache.get(rows, self._decode)
+        places = self._places[torch.as_tensor(ids, dtype=torch.int64)]
+        return self._decode(places) if self._cache is None else self._cache.get(places, self._decode)
 
-    def _decode(self, rows: Tensor) -> Tensor:
-        images = torch.empty(len(rows), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for image, row in zip(images, rows.tolist(), strict=True):
-            image.copy_(decode.decode_image(self.path(row), self.image_size))
+    def _decode(self, places: Tensor) -> Tensor:
+        images = torch.empty(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for image, place in zip(images, places.tolist(), strict=True):
+            image.copy_(decode.decode_image(self.root / self._names[place], self.image_size))
         return images
 
+    def _inspect(self, files: Sequence[ImageFile], image_size: int, folder: Path | None) -> list[Inspection]:
+        """Inspect what no kept verdict is known of; the pixels go into the cache."""
+        kept = None if folder is None else folder / _verdicts_name(self.root, image_size)
+        verdicts = {} if kept is None else read_verdicts(kept, files)
+        places = [place for place, file in enumerate(files) if file not in verdicts]
+        console = Console(stderr=True)
+        with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(),
+                      console=console, transient=True, disable=not console.is_terminal) as progress:  # fmt: skip
+            bar = progress.add_task("inspecting images", total=len(places))
+            for first in range(0, len(places), CHUNK):
+                some = places[first : first + CHUNK]
+                decoded: dict[int, Tensor] = {}
+                found = inspect_files(self.root, [files[place] for place in some], image_size)
+                for place, (inspection, pixels) in zip(some, found, strict=True):
+                    verdicts[files[place]] = inspection
+                    if pixels is not None:
+                        decoded[place] = pixels
+                    progress.advance(bar)
+                if self._cache is not None and decoded:
+                    self._cache.put(list(decoded), torch.stack(list(decoded.values())))
+        if kept is not None and places:
+            write_verdicts(kept, verdicts)
+        return [verdicts[file] for file in files]
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image that the scanner found, not opened yet."""
-
-    domain: str
-    class_name: str
-    name: str
-    size: int
-    changed_ns: int
-
-    @property
-    def relative(self) -> str:
-        """The path below the root."""
-        return os.path.join(self.domain, self.class_name, self.name)
-
-
-def scan(root: Path) -> list[ImageFile]:
-    """List the images below ``root``, sorted by domain, class and name.
-
-    Raises:
-        ModmetaError: if ``root`` is missing, or a domain has no classes or a class no images.
-    """
-    if not root.is_dir():
-        raise ModmetaError(f"the data folder {root} does not exist; {LAYOUT}")
-    inside = root.resolve()
-    found: list[ImageFile] = []
-    skipped: list[str] = []
-    domains = _folders(root, skipped)
-    if not domains:
-        raise ModmetaError(f"the data folder {root} has no domain folders; {LAYOUT}")
-    for domain in domains:
-        classes = _folders(root / domain, skipped)
-        if not classes:
-            raise ModmetaError(f"the domain folder {root / domain} has no class folders; {LAYOUT}")
-        for class_name in classes:
-            folder = root / domain / class_name
-            images = _images(folder, inside, skipped)
-            if not images:
-                raise ModmetaError(f"the class folder {folder} holds no image; add images or remove it")
-            found += [
-                ImageFile(domain, class_name, name, status.st_size, status.st_mtime_ns) for name, status in images
-            ]
-    if skipped:
-        warnings.warn(
-            f"{len(skipped)} entries below {root} are neither images nor folders of them, or links that "
-            f"lead elsewhere, and were passed over; the first is {skipped[0]}",
-            stacklevel=3,
-        )
-    return found
+    def _warn(self, found: Scan, screened: Screened) -> None:
+        count = len(found.files)
+        if found.skipped:
+            first = found.skipped[0]
+            _tell(f"{len(found.skipped)} entries below {self.root} are passed over; the first, {first.relative}, "
+                  f"{first.reason}")  # fmt: skip
+        if screened.quarantined:
+            _tell(f"{len(screened.quarantined)} of {count} images below {self.root} are quarantined and not used; "
+                  f"the first, {_told(screened.quarantined[0])}")  # fmt: skip
+        if screened.copies:
+            copy, original = screened.copies[0]
+            _tell(f"{len(screened.copies)} of {count} images below {self.root} are copies and not used; the first, "
+                  f"{copy}, has the pixels of {original}")  # fmt: skip
+        if screened.shared:
+            one, other = screened.shared[0]
+            _tell(f"{len(screened.shared)} of {count} images below {self.root} lie in two domains, so that one domain "
+                  f"tells of the other; the first are {other} and {one}")  # fmt: skip
+        if self._cache is None:
+            _tell(f"{count} images do not fit into memory and are decoded every time; give a cache_dir to keep them "
+                  f"on disk")  # fmt: skip
 
 
-def _folders(folder: Path, skipped: list[str]) -> list[str]:
-    names = []
-    for entry in _visible(folder):
-        if entry.is_dir(follow_symlinks=False):
-            names.append(entry.name)
-        elif entry.is_symlink():
-            skipped.append(entry.path)
-    return names
+def _tell(line: str) -> None:
+    warnings.warn(line, stacklevel=4)
 
 
-def _images(folder: Path, inside: Path, skipped: list[str]) -> list[tuple[str, os.stat_result]]:
-    images = []
-    for entry in _visible(folder):
-        is_image = os.path.splitext(entry.name)[1].lower() in decode.SUFFIXES and entry.is_file()
-        if is_image and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(inside)):
-            images.append((entry.name, entry.stat()))
-        else:
-            skipped.append(entry.path)
-    return images
+def _told(inspection: Inspection) -> str:
+    return f"{inspection.relative}, {inspection.reason}"
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        raise ModmetaError(f"cannot read the folder {folder} ({error.strerror}); check its rights") from error
+def _refuse_emptied(root: Path, files: Sequence[ImageFile], screened: Screened) -> None:
+    left = {(files[place].domain, files[place].class_name) for place in screened.kept}
+    for inspection in screened.quarantined:
+        cell = (inspection.domain, inspection.class_name)
+        if cell not in left:
+            raise ModmetaError(
+                f"the class folder {root.joinpath(*cell)} holds no good image; the first, {_told(inspection)}; "
+                f"add images or remove the folder"
+            )
 
 
-def _key(found: list[ImageFile], image_size: int) -> str:
+def _verdicts_name(root: Path, image_size: int) -> str:
+    place = hashlib.sha256(f"{decode.VERSION} {image_size} {root.resolve()}".encode()).hexdigest()
+    return f"verdicts-{place[:16]}.jsonl"
+
+
+def _key(files: Sequence[ImageFile], image_size: int) -> str:
     digest = hashlib.sha256(f"{decode.VERSION} {image_size}".encode())
-    for file in found:
+    for file in files:
         digest.update(b"\0" + os.fsencode(file.relative))
         digest.update(b"\0%d\0%d" % (file.size, file.changed_ns))
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from modmeta.data.inspect import Inspection
 from modmeta.errors import unknown
 
 Ids = Sequence[int] | np.ndarray | Tensor
@@ -16,6 +17,9 @@ Ids = Sequence[int] | np.ndarray | Tensor
 
 class ImageStore(ABC):
     """Labelled images of several domains, numbered by row.
+
+    Different rows of a class are different images: an episode that takes a row for its support and another for
+    its query relies on that. ``quarantined`` lists the files that a store on disk has refused.
 
     Args:
         domains: the names of the domains.
@@ -25,6 +29,8 @@ class ImageStore(ABC):
         image_size: side of the square images, in pixels.
         key: changes whenever any row's pixels may have changed; names caches.
     """
+
+    quarantined: tuple[Inspection, ...] = ()
 
     def __init__(
         self,

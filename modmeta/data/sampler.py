@@ -6,7 +6,8 @@ replace any other under DDP, and because it tells it the epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,15 @@ class TrainSampler(DistributedSampler[Ask]):
     Episode numbers go on from epoch to epoch. Those of a step are dealt out to the ranks, so that all
     ranks together draw what one alone would.
 
+    Args:
+        steps_per_epoch: steps in an epoch.
+        episodes_per_step: episodes in a step, over all ranks.
+        source_epochs: epochs of source batches before the first episode.
+        batch_size: images in a source batch, over all ranks.
+        rank: this process's rank.
+        world: number of ranks.
+        steps_done: says how many steps of the epoch lie behind already, when a pass begins; not 0 in a resumed epoch.
+
     Raises:
         ModmetaError: if the ranks cannot share a step's episodes or batch evenly.
     """
@@ -58,6 +68,7 @@ class TrainSampler(DistributedSampler[Ask]):
         batch_size: int = 1,
         rank: int = 0,
         world: int = 1,
+        steps_done: Callable[[], int] = int,
     ) -> None:
         super().__init__(range(steps_per_epoch), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
         _refuse_remainder("episodes_per_step", episodes_per_step, world)
@@ -66,6 +77,7 @@ class TrainSampler(DistributedSampler[Ask]):
         self.steps_per_epoch = steps_per_epoch
         self.episodes_per_step = episodes_per_step
         self.source_epochs = source_epochs
+        self.steps_done = steps_done
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -73,7 +85,7 @@ class TrainSampler(DistributedSampler[Ask]):
     def __iter__(self) -> Iterator[Ask]:
         in_source = self.epoch < self.source_epochs
         first_step = (self.epoch if in_source else self.epoch - self.source_epochs) * self.steps_per_epoch
-        for step in range(first_step, first_step + self.steps_per_epoch):
+        for step in range(first_step + self.steps_done(), first_step + self.steps_per_epoch):
             if in_source:
                 yield SourceStep(step, self.rank, self.num_replicas)
             else:
@@ -134,6 +146,7 @@ class EpisodeLoader(DataLoader[Item]):
             sampler=sampler,
             batch_size=None,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # otherwise every pass would advance the global one
@@ -146,9 +159,22 @@ class EpisodeLoader(DataLoader[Item]):
                 raise item
             yield item
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing, and so tell Lightning that it can resume within an epoch: the sampler asks where."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # A signal to the whole group must not take the images from the step that the parent finishes first.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _refuse_remainder(name: str, value: int, world: int) -> None:

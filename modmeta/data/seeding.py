@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import numpy as np
+import torch
+
+
+def seed_global(seed: int, *purpose: str | int) -> None:
+    """Let the global generators of Python, NumPy and PyTorch start anew for one purpose.
+
+    For code that cannot be handed a generator, such as dropout: what it draws then depends on the purpose alone.
+    """
+    number = int(rng(seed, *purpose).integers(2**32))
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 def rng(seed: int, *purpose: str | int) -> np.random.Generator:

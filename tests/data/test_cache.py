@@ -1,4 +1,6 @@
+import errno
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
 
 
 def test_a_table_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModmetaError, match="GB and its disk has"):
+    with pytest.raises(ModmetaError, match=r"no space left: need 4000000\.0 GB at .*; choose another cache_dir"):
         RowCache(tmp_path / "c", 10**12, (10**3,)).get([1], squares)
 
 
@@ -99,6 +101,38 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModmetaError, match=r"cannot make the cache .*; choose another cache_dir"):
         RowCache(tmp_path / "file" / "c", 10, (3,)).get([1], squares)
+
+
+@pytest.mark.fault(20)
+def test_the_disk_space_is_taken_before_a_row_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RowCache(tmp_path / "c", 1000, (1000,)).get([1], lambda ids: torch.ones(1, 1000))
+    assert (tmp_path / "c" / "rows.npy").stat().st_blocks * 512 >= 4_000_000
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ModmetaError, match=r"no space left: need 4\.0 MB at "):
+        RowCache(tmp_path / "d", 1000, (1000,)).get([1], squares)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.fault(19, 26)
+def test_a_damaged_row_is_computed_again(tmp_path: Path) -> None:
+    RowCache(tmp_path / "c", 10, (3,)).get([1, 2], squares)
+    file = tmp_path / "c" / "rows.npy"
+    data = bytearray(file.read_bytes())
+    data[-(10 - 2) * 3 * 4] ^= 1  # in row 2
+    file.write_bytes(data)
+    asked: list[int] = []
+
+    def compute(ids: Tensor) -> Tensor:
+        asked.extend(ids.tolist())
+        return squares(ids)
+
+    rows = RowCache(tmp_path / "c", 10, (3,)).get([1, 2], compute)
+    assert asked == [2]
+    assert torch.equal(rows, squares(torch.tensor([1, 2])))
 
 
 def fill(path: Path, start: int) -> None:

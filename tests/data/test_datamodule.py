@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from PIL import Image
 
 from modmeta.data import SHIFTS, DomainDataModule, Episode, SourceBatch
 from modmeta.errors import ModmetaError
@@ -155,6 +156,7 @@ def test_hyper_parameters_are_plain() -> None:
     assert b"torch" not in pickle.dumps(hparams)
 
 
+@pytest.mark.filterwarnings("ignore:.*lie in two domains")
 def test_a_folder_of_domains(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     root = make_folder("art photo", "cat dog owl", images=4)
     make_folder("sketch", "cat dog", images=4)
@@ -167,6 +169,40 @@ def test_a_folder_of_domains(make_folder: Callable[..., Path], tmp_path: Path) -
     assert made.episode("test", 0).classes == ("cat", "dog")
     made.setup("test")  # a second time, as Lightning does
     assert made.classes == ("cat", "dog", "owl")
+
+
+@pytest.mark.fault(15)
+@pytest.mark.filterwarnings("ignore:.*copies and not used")
+def test_copies_never_straddle_support_query_or_source(make_folder: Callable[..., Path]) -> None:
+    root = make_folder("art photo", "cat dog", images=8)
+    for path in list(root.rglob("*.png")):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".bmp"))  # the same pixels in another file
+    made = module(
+        root=str(root), shots=(1, 2), eval_shots=[2], queries=2, image_size=12, source_share=0.5, shift_share=0.0
+    )
+    source = {image.numpy().tobytes() for _, images, _, _ in made.source_images() for image in images}
+    drawn = set()
+    for index in range(60):
+        episode = made.episode("train", index)
+        images = [image.numpy().tobytes() for image in torch.cat([episode.support, episode.query])]
+        assert len(set(images)) == len(images)
+        drawn |= set(images)
+    assert len(source) == len(drawn) == 16
+    assert source.isdisjoint(drawn)
+
+
+@pytest.mark.fault(1)
+@pytest.mark.filterwarnings("ignore:.*quarantined and not used")
+def test_bad_images_are_errors_only_when_asked_for(make_folder: Callable[..., Path]) -> None:
+    root = make_folder(images=4)
+    (root / "art" / "cat" / "2.png").write_bytes(b"")
+    wanted = {"root": str(root), "shots": 1, "eval_shots": [1], "queries": 2, "image_size": 12}
+    made = module(**wanted)
+    assert [found.relative for found in made.store.quarantined] == ["art/cat/2.png"]
+    assert {row for i in range(50) for row in made.episode("train", i).query_ids.tolist()} == set(range(15))
+    with pytest.raises(ModmetaError, match=r"art/cat/2\.png, is empty"):
+        module(**wanted, strict_images=True)
 
 
 class Learner(LightningModule):

@@ -1,0 +1,30 @@
+"""What a run says about the images that it used and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from modmeta.data import DomainDataModule
+from modmeta.files import write_atomically
+
+
+class ImageRecord(Callback):
+    """Writes ``images.json`` into the run folder: how many images there are, and every refused file with its reason."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; the data module has opened its images by now."""
+        folder = trainer.log_dir  # asked for on every rank: it is broadcast
+        data = getattr(trainer, "datamodule", None)
+        trial = getattr(trainer, "fast_dev_run", False)
+        if folder is None or trial or not trainer.is_global_zero or not isinstance(data, DomainDataModule):
+            return
+        record = {
+            "key": data.store.key,
+            "images": len(data.store),
+            "quarantined": [{"image": found.relative, "reason": found.reason} for found in data.store.quarantined],
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(folder, "images.json"), (json.dumps(record, indent=2) + "\n").encode())
