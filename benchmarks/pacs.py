@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from modmeta.files import write_atomically
+
 HERE = Path(__file__).resolve().parent
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 SYSTEMS = {
@@ -41,9 +43,9 @@ def main() -> None:
     for domain in options.domains:
         rows += held_out(domain, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(rows, indent=1))
+    write_atomically(options.out / "results.json", json.dumps(rows, indent=1).encode())
     text = table(rows, options.domains)
-    (options.out / "table.md").write_text(text)
+    write_atomically(options.out / "table.md", text.encode())
     print(text)
 
 
@@ -61,7 +63,7 @@ def held_out(domain: str, options: argparse.Namespace) -> list[dict]:
         rows = json.loads((run / "results.json").read_text())
         minutes = (time.perf_counter() - begin) / 60
         rows.append({"system": "adapted", "domain": domain, "shots": 0, "metric": "minutes", "value": minutes})
-        kept.write_text(json.dumps(rows, indent=1))
+        write_atomically(kept, json.dumps(rows, indent=1).encode())
     if options.again:
         run = latest(folder / "fit")
         config = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import torch
 from jsonargparse import ArgumentParser
 
 from modmeta import __version__
 from modmeta.errors import ModmetaError
 from modmeta.learners.base import MetaLearner
+from modmeta.learners.checkpoint_io import load_plain
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -22,16 +20,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ModmetaError: if it is missing, broken, holds code, or is not of modmeta.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ModmetaError(f"checkpoint {file} does not exist; give the .ckpt file of a run's checkpoints folder")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, BadZipFile, OSError) as error:
-        reason = (str(error) or "it ends too early").splitlines()[0][:120]
-        raise ModmetaError(f"checkpoint {file} cannot be read ({reason}); give another one") from error
-    if not isinstance(checkpoint, dict) or "modmeta" not in checkpoint:
-        raise ModmetaError(f"checkpoint {file} was not written by a modmeta learner; give one of a modmeta run")
+    checkpoint = load_plain(path)
+    if "modmeta" not in checkpoint:
+        raise ModmetaError(f"checkpoint {path} was not written by a modmeta learner; give one of a modmeta run")
     return checkpoint
 
 

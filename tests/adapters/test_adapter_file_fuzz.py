@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from adapter_files import MUTATIONS, fuzz, original
 
 COUNT = 10 * len(MUTATIONS)
 SIGNED_TEXTS = {"unicode_text", "interpolation"}
 
 
+@pytest.mark.fault(26, 27)
 def test_no_mutated_file_loads_wrongly_crashes_or_runs_code(tmp_path: Path) -> None:
     model, path = original(tmp_path, "test_efficientnet", 32, seed=0)
     tallies = fuzz(tmp_path, model, path, COUNT, seed=1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from modmeta.errors import ModmetaError
+from modmeta.files import append, drop_torn_line
 
 Key = tuple[str, str, int, int]
 
@@ -65,19 +65,15 @@ class RowFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows: dict[Key, Row] = {}
-        content = self.path.read_bytes() if self.path.exists() else b""
-        *lines, torn = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(drop_torn_line(self.path), 1):
             try:
                 row = Row(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise ModmetaError(f"{self.path}, line {number} is damaged ({error}); delete that line") from error
             self.rows.setdefault(row.key, row)
-        if torn:
-            os.truncate(self.path, len(content) - len(torn))
 
     def append(self, row: Row) -> None:
-        """Add a row and hand it to the operating system.
+        """Add a row; it is on the disk when this returns.
 
         Raises:
             ModmetaError: if the row holds a number that is not finite, or cannot be written.
@@ -86,9 +82,5 @@ class RowFile:
             if isinstance(value, float) and not math.isfinite(value):
                 where = f"system {row.system!r}, domain {row.domain!r}, {row.shots} shots, episode {row.draw}"
                 raise ModmetaError(f"{where}: {name} is {value}")
-        try:
-            with self.path.open("ab") as file:
-                file.write(json.dumps(asdict(row), allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            raise ModmetaError(f"cannot write {self.path} ({error.strerror})") from error
+        append(self.path, json.dumps(asdict(row), allow_nan=False).encode() + b"\n")
         self.rows[row.key] = row
