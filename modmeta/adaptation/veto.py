@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modmeta.adaptation.plan import Plan
+from modmeta.adaptation.track_record import TrackRecord
 
 PRIOR = "prior"
 
@@ -70,6 +71,7 @@ def judge(
     label_free: Collection[str] = (),
     folds: int = 2,
     caution: float = 1.0,
+    record: TrackRecord | None = None,
 ) -> Verdict:
     """Choose among the prior and some plans by nested cross-fitting and the policy's own prediction.
 
@@ -81,6 +83,9 @@ def judge(
     left out, it decides alone. Among the plans within one standard error of the best the cheapest wins, and
     it is accepted if its gain exceeds ``caution`` standard errors.
 
+    With a track record, measurement and forecast count as much as they have held on domains that were hidden, the best
+    expected gain wins, and it is accepted above the record's own threshold.
+
     Args:
         plans: candidates, cheapest first.
         labels: ``(S,)`` labels of the support; None where there are none.
@@ -91,18 +96,16 @@ def judge(
         held_out: from a plan (None: the prior) to logits ``(S, C)``, each by a head that did not see the image; needed
             where ``label_free`` names plans.
         label_free: plans that move nothing by labels.
-        folds: number of folds, 2 or more.
+        folds: number of folds, 2 or more; 0 leaves plans that labels move to the forecast.
         caution: standard errors that a gain must exceed.
+        record: how forecasts and measurements have held so far; None or an empty one takes both at their word.
     """
     if not plans:
         return Verdict(PRIOR, {}, {}, 0)
-    splits = [] if labels is None else stratified_folds(labels, folds, anchored)
-    count = 0 if labels is None or not splits else len(labels)
-    measured = {}
-    if labels is not None and splits:
-        measured = _cross_fitted({n: p for n, p in plans.items() if n not in label_free}, labels, splits, predict)
-        if held_out is not None:
-            measured |= _left_out({n: p for n, p in plans.items() if n in label_free}, labels, held_out)
+    measured = measure(plans, labels, anchored, predict, held_out=held_out, label_free=label_free, folds=folds)
+    count = 0 if labels is None or not measured else len(labels)
+    if record is not None and record.ready and labels is not None:
+        return _by_record(plans, measured, record, gain, len(labels) / len(labels.unique()), count)
     gains, errors = {}, {}
     for name in plans:
         # A third of the step, or only the statistics, can be expected to bring a part of the gain.
@@ -128,6 +131,49 @@ def judge(
     if not gains[choice] > caution * errors[choice]:
         choice = PRIOR
     return Verdict(choice, finite, {name: errors[name] for name in finite}, count)
+
+
+def measure(
+    plans: Mapping[str, Plan],
+    labels: Tensor | None,
+    anchored: bool,
+    predict: Predict,
+    *,
+    held_out: Callable[[Plan | None], Tensor] | None = None,
+    label_free: Collection[str] = (),
+    folds: int = 2,
+) -> dict[str, Tensor]:
+    """Return the gain over the prior of some plans per support image ``(S,)``, as far as it can be measured.
+
+    Arguments as for :func:`judge`.
+    """
+    splits = [] if labels is None else stratified_folds(labels, max(folds, 2), anchored)
+    if labels is None or not splits:
+        return {}
+    learning = {name: plan for name, plan in plans.items() if name not in label_free}
+    measured = _cross_fitted(learning, labels, splits, predict) if folds else {}
+    if held_out is not None:
+        measured |= _left_out({name: plan for name, plan in plans.items() if name in label_free}, labels, held_out)
+    return measured
+
+
+def _by_record(
+    plans: Mapping[str, Plan],
+    measured: Mapping[str, Tensor],
+    record: TrackRecord,
+    forecast: float,
+    shots: float,
+    count: int,
+) -> Verdict:
+    gains, errors = {}, {}
+    for name in plans:
+        evidence = float(measured[name].mean()) if name in measured else None
+        if evidence is None or math.isfinite(evidence):
+            gains[name], errors[name] = record.predict(name, forecast, evidence, shots)
+    finite = {name: gain for name, gain in gains.items() if math.isfinite(gain)}
+    best = max(finite, key=lambda name: finite[name], default=PRIOR)
+    accepted = best != PRIOR and finite[best] > float(record.threshold)
+    return Verdict(best if accepted else PRIOR, finite, {name: errors[name] for name in finite}, count)
 
 
 def _cross_fitted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +17,25 @@ from modmeta.adaptation import (
     Policy,
     Situation,
     Support,
+    TrackRecord,
+    Trial,
     UpdateRule,
     Verdict,
     candidates,
     inner_loop,
     judge,
+    measure,
     observe_norms,
     read_statistics,
     running_statistics,
     support_gradients,
+    tempered_losses,
 )
 from modmeta.adapters import State
 from modmeta.backbone import Site
+from modmeta.data import Episode
 from modmeta.learners.base import MetaLearner
+from modmeta.learners.measuring import episode_support
 
 
 class PolicyAdaptation(MetaLearner):
@@ -43,6 +50,7 @@ class PolicyAdaptation(MetaLearner):
     veto: bool
     veto_folds: int
     veto_caution: float
+    record: TrackRecord
     backward_shares: dict[str, float]
     _norm_sites: list[Site]
 
@@ -187,6 +195,47 @@ class PolicyAdaptation(MetaLearner):
     def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
         if not self.veto:
             return Verdict("plan", {}, {}, 0)
+        return judge(
+            plans,
+            **self._evidence(plans, plan, support, features),
+            gain=float(plan.gain),
+            gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
+            caution=self.veto_caution,
+            record=self.record,
+        )
+
+    @torch.no_grad()
+    def trial(self, episode: Episode) -> Trial:
+        """Carry out every candidate of an episode's plan, its domain hidden, and see what each really gains.
+
+        Args:
+            episode: a training episode.
+        """
+        support = episode_support(episode, hide=True)
+        situation = self.situate(support)
+        plan = self.plan(situation)
+        plans = candidates(plan, self._reading())
+        measured = measure(plans, **self._evidence(plans, plan, support, situation.features))
+        ids = episode.query_ids if episode.shift is None else None
+        prior = self.fit_head(situation.features, support)(self.prior_features(episode.query, ids))
+        before = tempered_losses(prior, episode.query_labels)
+        gains = {}
+        for name, each in plans.items():
+            state, _ = self.carry_out(each, support)
+            features = self._features(support.images, state, each, situation.features)
+            adapted = Adapted(state, each, self.fit_head(features, support, ridge=each.ridge), support.classes)
+            after = tempered_losses(self.logits(adapted, episode.query, ids), episode.query_labels)
+            gains[name] = float((before - after).mean())
+        return Trial(
+            domain=episode.domain,
+            shots=len(support.images) / support.ways,
+            forecast=float(plan.gain),
+            evidence={name: float(each.mean()) for name, each in measured.items()},
+            gains=gains,
+        )
+
+    def _evidence(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> dict[str, Any]:
+        """Return what the veto needs to measure plans on a support, as arguments of :func:`measure`."""
         read: dict[int, State] = {}
 
         def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
@@ -216,15 +265,12 @@ class PolicyAdaptation(MetaLearner):
             return self.held_out_logits(x, support, candidate.ridge)
 
         reading = self._reading()
-        return judge(
-            plans,
-            support.labels,
-            bool(self.sources.view(support.hidden).anchor(support.classes).known.all()) and self.head.anchored,
-            predict,
-            gain=float(plan.gain),
-            gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
-            held_out=held_out,
-            label_free=[name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
-            folds=self.veto_folds,
-            caution=self.veto_caution,
-        )
+        known = bool(self.sources.view(support.hidden).anchor(support.classes).known.all())
+        return {
+            "labels": support.labels,
+            "anchored": known and self.head.anchored,
+            "predict": predict,
+            "held_out": held_out,
+            "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
+            "folds": self.veto_folds,
+        }

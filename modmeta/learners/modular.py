@@ -18,6 +18,7 @@ from modmeta.adaptation import (
     Plan,
     Policy,
     Support,
+    TrackRecord,
     backward_shares,
     norm_sites,
     tempered_losses,
@@ -30,6 +31,8 @@ from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig, datamodule_of
 from modmeta.learners.transfer import take_policy
 from modmeta.learners.warm_start import start_from_table, table_for
+
+_FIRST_TRIAL = 1_000_000_000  # no episode that is learned from has such a number
 
 
 class ModularMetaLearner(PolicyAdaptation):
@@ -64,8 +67,10 @@ class ModularMetaLearner(PolicyAdaptation):
         budget: largest share of the backward multiply-accumulates of steps on all learning units that the steps
             of an adaptation may take; 1 is no limit. What the indicators and the veto take comes on top.
         veto: whether the veto may keep the prior; without it every plan is carried out.
-        veto_folds: folds of its cross-fitting.
-        veto_caution: standard errors that a gain must exceed.
+        veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
+        veto_caution: standard errors that a gain must exceed, while there is no track record.
+        veto_trials: training episodes at the end of a fit on which all candidates are carried out, each episode's
+            domain hidden, for the record that the veto goes by; 0 keeps none.
         unlabelled_share: share of the training episodes that come without labels, for units that need none.
         calibration_episodes: training episodes on which the indicators are standardised.
         warm_start: folder of an action table of these units and indicators. Before the first episode the policy is
@@ -100,6 +105,7 @@ class ModularMetaLearner(PolicyAdaptation):
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
+        veto_trials: int = 32,
         unlabelled_share: float = 0.1,
         calibration_episodes: int = 32,
         warm_start: str | None = None,
@@ -112,6 +118,8 @@ class ModularMetaLearner(PolicyAdaptation):
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
         if not 0.0 <= budget <= 1.0:
             raise ModmetaError(f"budget must lie in 0..1, got {budget}")
+        if veto_folds == 1 or min(veto_folds, veto_trials) < 0:
+            raise ModmetaError(f"veto_folds must be 0, 2 or more, veto_trials 0 or more; got {veto_folds}, {veto_trials}")
         if warm_start is not None and policy_from is not None:
             raise ModmetaError("warm_start and policy_from both say where the policy starts; give one of them")
         self.trust = trust
@@ -123,12 +131,14 @@ class ModularMetaLearner(PolicyAdaptation):
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution
+        self.veto_trials = veto_trials
         self.unlabelled_share = unlabelled_share
         self.calibration_episodes = calibration_episodes
         self.warm_start = warm_start
         self.policy_from = policy_from
         self.indicators = IndicatorSet(indicators, indicator_dropout, indicator_noise)
         self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps)
+        self.record = TrackRecord()
         self.rule = UPDATE_RULES.get(rule)(self.model.units, steps)
         self._norm_sites = norm_sites(self.model.backbone)
         self.backward_shares = backward_shares(self.model)
@@ -204,7 +214,7 @@ class ModularMetaLearner(PolicyAdaptation):
             self._take_policy(self.policy_from)
 
     def _take_policy(self, path: str) -> None:
-        take_policy(path, self.policy, self.indicators, self.head, self.hparams["head"])
+        take_policy(path, self.policy, self.indicators, self.head, self.hparams["head"], self.record)
 
     def on_test_epoch_start(self) -> None:
         """Start new figures; a policy that was taken over needs the sources measured, and nothing else.
@@ -235,6 +245,27 @@ class ModularMetaLearner(PolicyAdaptation):
             support = self._training_support(episode, generator)
             rows.append(self.indicators.raw(self.situate(support, self._training_budget(generator))))
         self.indicators.fit(rows)
+
+    def on_train_epoch_end(self) -> None:
+        """Take the record that the veto goes by, once nothing more will be learned."""
+        super().on_train_epoch_end()
+        trainer = self.trainer
+        last = self.current_epoch + 1 == trainer.max_epochs or self.global_step == trainer.max_steps
+        if last and self.veto and self.veto_trials and self.sources.ready:
+            self._take_record()
+
+    def _take_record(self) -> None:
+        datamodule, found = datamodule_of(self), []
+        # Shifted copies of domains that are known tell less of new domains; they are second choice.
+        for index in range(_FIRST_TRIAL, _FIRST_TRIAL + 8 * self.veto_trials):
+            episode = datamodule.episode("train", index)
+            left = _FIRST_TRIAL + 8 * self.veto_trials - index
+            if episode.shift is None or left <= self.veto_trials - len(found):
+                found.append(self.trial(episode.to(self.device)))
+            if len(found) == self.veto_trials:
+                break
+        self.record.fit([trial for trial in found if trial.finite])
+        self.record.load_state_dict(self.trainer.strategy.broadcast(self.record.state_dict()))
 
     # ------------------------------------------------------------------ checkpoints
 

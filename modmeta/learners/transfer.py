@@ -6,17 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
-from modmeta.adaptation import Head, IndicatorSet, Policy
+from modmeta.adaptation import Head, IndicatorSet, Policy, TrackRecord
 from modmeta.errors import ModmetaError
 from modmeta.learners.loading import read_checkpoint
 
 
 def take_policy(
-    path: str | Path, policy: Policy, indicators: IndicatorSet, head: Head, head_name: str
+    path: str | Path, policy: Policy, indicators: IndicatorSet, head: Head, head_name: str, record: TrackRecord
 ) -> None:
-    """Load the policy, the indicators' standardisation and the head's strengths from a checkpoint.
+    """Load the policy, its track record, the indicators' scales and the head's strengths from a checkpoint.
 
-    Neither depends on a backbone, on units or on domains. The backbone, the bank and the sources of the checkpoint
+    None of these depends on a backbone, on units or on domains. The backbone, the bank and the sources of the checkpoint
     are left aside.
 
     Args:
@@ -25,6 +25,7 @@ def take_policy(
         indicators: take the standardisation.
         head: takes the strengths.
         head_name: what it is registered as.
+        record: takes the veto's track record.
 
     Raises:
         ModmetaError: if there is no policy in it, or it is of other indicators, steps or another head.
@@ -43,7 +44,7 @@ def take_policy(
             f"policy_from: the policy of {path} was trained with the head {theirs['head']}, "
             f"this learner has {head_name}; give it the same"
         )
-    parts: dict[str, nn.Module] = {"policy": policy, "indicators": indicators, "head": head}
+    parts: dict[str, nn.Module] = {"policy": policy, "indicators": indicators, "head": head, "record": record}
     for name, part in parts.items():
         own = {key.removeprefix(f"{name}."): value for key, value in checkpoint["state_dict"].items()
                if key.startswith(f"{name}.")}  # fmt: skip

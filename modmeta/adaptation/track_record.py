@@ -1,0 +1,171 @@
+"""The track record: what plans have really gained on domains that their policy was not told of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+CANDIDATES = ("statistics", "plan/3", "plan")
+_FEATURES = 3  # forecast, evidence, logarithm of the shots
+_STRENGTHS = (0.01, 0.1, 1.0, 10.0, math.inf)
+_SAFE = 1e-3  # nats that acceptance may cost the worst domain
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One episode on which every candidate was carried out.
+
+    Attributes:
+        domain: the episode's domain, which was hidden from all that is known of the sources.
+        shots: support images per class.
+        forecast: the policy's predicted gain.
+        evidence: mean gain on the support per candidate, as the veto sees it; without those it could not measure.
+        gains: mean gain on the query per candidate, in nats.
+    """
+
+    domain: str
+    shots: float
+    forecast: float
+    evidence: Mapping[str, float]
+    gains: Mapping[str, float]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number is one."""
+        return all(map(math.isfinite, [self.forecast, *self.evidence.values(), *self.gains.values()]))
+
+
+class TrackRecord(nn.Module):
+    """Predicts a plan's gain from the policy's forecast and the support's evidence, as far as these held so far.
+
+    A policy is sure of itself where it was trained and wrong where it was not, and a few dozen support images measure
+    a gain with an error that is as large as the gain. So both go through a ridge regression per candidate on trials of
+    the training domains, each hidden in turn. Its strength is the one that predicts best on a domain that it was not
+    fitted to; where neither forecast nor evidence carries over to new domains, what remains is the mean.
+
+    The acceptance threshold is the smallest at which no domain would have lost: predictions, too, are by a fit that
+    did not see the domain.
+    """
+
+    center: Tensor
+    scale: Tensor
+    weights: Tensor
+    means: Tensor
+    errors: Tensor
+    threshold: Tensor
+    trials: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        count = len(CANDIDATES)
+        self.register_buffer("center", torch.zeros(_FEATURES, dtype=torch.double))
+        self.register_buffer("scale", torch.ones(_FEATURES, dtype=torch.double))
+        self.register_buffer("weights", torch.zeros(count, _FEATURES, dtype=torch.double))
+        self.register_buffer("means", torch.zeros(count, dtype=torch.double))
+        self.register_buffer("errors", torch.zeros(count, dtype=torch.double))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.double))
+        self.register_buffer("trials", torch.zeros(count, dtype=torch.long))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a record to go by."""
+        return bool(self.trials.any())
+
+    def predict(self, candidate: str, forecast: float, evidence: float | None, shots: float) -> tuple[float, float]:
+        """Return the expected gain of a candidate in nats, and the error that such predictions had on new domains.
+
+        Args:
+            candidate: one of ``CANDIDATES``.
+            forecast: the policy's predicted gain.
+            evidence: mean gain on the support; None where it could not be measured.
+            shots: support images per class.
+        """
+        row = CANDIDATES.index(candidate)
+        if not self.trials[row]:
+            return -math.inf, 0.0  # never tried, never chosen
+        x = self._standardised(forecast, evidence, shots)
+        return float(self.means[row] + self.weights[row] @ x), float(self.errors[row])
+
+    @torch.no_grad()
+    def fit(self, trials: Sequence[Trial]) -> None:
+        """Learn from trials; those of several domains say how far a prediction carries.
+
+        Args:
+            trials: some; from none, nothing is learned.
+        """
+        self.trials.zero_()
+        if not trials:
+            return
+        numbers = (
+            [t.forecast for t in trials],
+            [value for t in trials for value in t.evidence.values()],
+            [math.log(t.shots) for t in trials],
+        )
+        for column, values in enumerate(map(self.center.new_tensor, numbers)):
+            spread = float(values.std(correction=0)) if len(values) else 0.0
+            self.center[column] = values.mean() if len(values) else 0.0
+            self.scale[column] = spread if spread > 1e-6 else 1.0
+        held_out = self.center.new_full((len(trials), len(CANDIDATES)), -math.inf)
+        for row, name in enumerate(CANDIDATES):
+            own = [index for index, trial in enumerate(trials) if name in trial.gains]
+            self.trials[row] = len(own)
+            if own:
+                chosen = [trials[index] for index in own]
+                held_out[own, row] = self._fit_candidate(row, name, chosen)
+        self.threshold.fill_(_threshold(trials, held_out))
+
+    def _standardised(self, forecast: float, evidence: float | None, shots: float) -> Tensor:
+        x = self.center.new_tensor([forecast, evidence or 0.0, math.log(shots)])
+        x = ((x - self.center) / self.scale).clamp(-3.0, 3.0)
+        if evidence is None:
+            x[1] = 0.0  # as if it were what is always seen
+        return x
+
+    def _fit_candidate(self, row: int, name: str, trials: Sequence[Trial]) -> Tensor:
+        """Fit one candidate and return the predictions ``(n,)`` by fits without the trial's domain."""
+        x = torch.stack([self._standardised(t.forecast, t.evidence.get(name), t.shots) for t in trials])
+        y = self.center.new_tensor([t.gains[name] for t in trials])
+        domains = [t.domain for t in trials]
+        tried = {}
+        for strength in _STRENGTHS:
+            predicted = torch.empty_like(y)
+            for domain in set(domains):
+                out = torch.tensor([each == domain for each in domains])
+                rest = ~out if bool((~out).any()) else out
+                weights, mean = _ridge(x[rest], y[rest], strength)
+                predicted[out] = mean + x[out] @ weights
+            tried[strength] = predicted
+        # The strongest of equals: with a single domain nothing shows that anything carries over.
+        known = len(set(domains)) > 1
+        best = min(reversed(_STRENGTHS), key=lambda s: float((tried[s] - y).square().mean())) if known else math.inf
+        self.weights[row], self.means[row] = _ridge(x, y, best)
+        self.errors[row] = float((tried[best] - y).square().mean().sqrt())
+        return tried[best]
+
+
+def _ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    mean = y.mean()
+    if math.isinf(strength):
+        return torch.zeros_like(x[0]), mean
+    centred = x - x.mean(0)
+    gram = centred.T @ centred + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(gram, centred.T @ (y - mean))
+    return weights, mean - x.mean(0) @ weights
+
+
+def _threshold(trials: Sequence[Trial], predicted: Tensor) -> float:
+    """Return the smallest threshold, from 0 up, at which what is accepted costs no domain more than a trifle."""
+    best, choice = predicted.max(1)
+    realised = predicted.new_tensor(
+        [trial.gains.get(CANDIDATES[pick], 0.0) for trial, pick in zip(trials, choice.tolist(), strict=True)]
+    )
+    for threshold in [0.0, *sorted(value for value in best.tolist() if value > 0.0)]:
+        taken = torch.where(best > threshold, realised, torch.zeros_like(realised))
+        by_domain = {t.domain: torch.tensor([each.domain == t.domain for each in trials]) for t in trials}
+        if all(float(taken[own].mean()) >= -_SAFE for own in by_domain.values()):
+            return threshold
+    return max(0.0, float(best.max()))

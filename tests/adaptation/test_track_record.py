@@ -1,0 +1,114 @@
+"""A track record trusts what has held on hidden domains, and nothing else."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modmeta.adaptation import TrackRecord, Trial
+from modmeta.adaptation.track_record import CANDIDATES
+
+
+def trials(
+    slope: float = 0.0, mean: float = 0.1, noise: float = 0.02, domains: int = 4, each: int = 12, of: str = "evidence"
+) -> list[Trial]:
+    """Return trials whose gain is a line in the evidence or in the forecast."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for domain in range(domains):
+        for number in range(each):
+            evidence, forecast, error = torch.randn(3, generator=generator).tolist()
+            gain = mean + slope * (evidence if of == "evidence" else forecast) + noise * error
+            seen = dict.fromkeys(CANDIDATES, evidence)
+            found.append(Trial(f"d{domain}", 1 + number % 5, forecast, seen, dict.fromkeys(CANDIDATES, gain)))
+    return found
+
+
+def fitted(rows: list[Trial]) -> TrackRecord:
+    record = TrackRecord()
+    record.fit(rows)
+    return record
+
+
+@pytest.mark.parametrize("of", ["evidence", "forecast"])
+def test_what_carries_over_is_used(of: str) -> None:
+    record = fitted(trials(slope=0.5, of=of))
+    high, low = ({"evidence": e, "forecast": f} for e, f in ([(1.0, 0.0), (-1.0, 0.0)] if of == "evidence" else
+                                                            [(0.0, 1.0), (0.0, -1.0)]))  # fmt: skip
+    assert record.predict("plan", shots=3, **high)[0] == pytest.approx(0.6, abs=0.08)
+    assert record.predict("plan", shots=3, **low)[0] == pytest.approx(-0.4, abs=0.08)
+    assert record.predict("plan", 0.0, 0.0, 3)[1] < 0.1
+
+
+def test_what_holds_within_domains_alone_is_not_trusted() -> None:
+    # The forecast rises where the gain of the other domains falls: a line through some fails on the next.
+    rows = []
+    for domain, slope in enumerate((1.0, -1.0, 1.0, -1.0)):
+        for number in range(10):
+            forecast = (number - 4.5) / 3
+            rows.append(Trial(f"d{domain}", 5, forecast, {}, {"plan": 0.05 + slope * forecast}))
+    record = fitted(rows)
+    for forecast in (-2.0, 0.0, 2.0):
+        assert record.predict("plan", forecast, None, 5)[0] == pytest.approx(0.05, abs=1e-6)
+
+
+def test_missing_evidence_counts_as_what_is_always_seen() -> None:
+    record = fitted(trials(slope=0.5))
+    center = float(record.center[1])
+    assert record.predict("plan", 0.0, None, 3) == record.predict("plan", 0.0, center, 3)
+
+
+def test_harm_in_one_domain_raises_the_threshold() -> None:
+    good = [Trial("a", 5, 0.0, {"plan": 0.2 + 0.01 * n}, {"plan": 0.3}) for n in range(10)]
+    also = [Trial("b", 5, 0.0, {"plan": 0.2 + 0.01 * n}, {"plan": 0.3}) for n in range(10)]
+    bad = [Trial("c", 5, 0.0, {"plan": -0.2 - 0.01 * n}, {"plan": -0.1}) for n in range(10)]
+    record = fitted(good + also + bad)
+    assert record.predict("plan", 0.0, 0.25, 5)[0] > float(record.threshold)
+    assert record.predict("plan", 0.0, -0.25, 5)[0] <= float(record.threshold)
+    hopeless = [Trial(d, 5, 0.0, {}, {"plan": g}) for d, g in (("a", 0.5), ("b", 0.5), ("c", -0.5)) for _ in range(5)]
+    record = fitted(hopeless)
+    assert record.predict("plan", 0.0, None, 5)[0] <= float(record.threshold)
+
+
+def test_an_untried_candidate_is_never_chosen_and_an_empty_record_is_not_ready() -> None:
+    record = TrackRecord()
+    assert not record.ready
+    record.fit([])
+    assert not record.ready
+    record.fit([Trial("a", 1, 0.0, {}, {"plan": 0.2})])
+    assert record.ready
+    assert record.predict("statistics", 0.0, None, 1)[0] == -math.inf
+    assert record.predict("plan", 0.0, None, 1)[0] == pytest.approx(0.2)
+
+
+def test_a_record_survives_its_state_dict() -> None:
+    record, other = fitted(trials(slope=0.3)), TrackRecord()
+    other.load_state_dict(record.state_dict())
+    assert other.predict("plan/3", 0.2, 0.4, 2) == record.predict("plan/3", 0.2, 0.4, 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(
+        st.builds(
+            Trial,
+            domain=st.sampled_from("abc"),
+            shots=st.floats(1, 50),
+            forecast=st.floats(-5, 5),
+            evidence=st.dictionaries(st.sampled_from(CANDIDATES), st.floats(-5, 5)),
+            gains=st.dictionaries(st.sampled_from(CANDIDATES), st.floats(-5, 5), min_size=1),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_predictions_are_finite_whatever_was_tried(rows: list[Trial]) -> None:
+    record = fitted(rows)
+    assert math.isfinite(float(record.threshold))
+    assert float(record.threshold) >= 0.0
+    for name in CANDIDATES:
+        gain, error = record.predict(name, 3.0, -2.0, 4)
+        assert math.isfinite(error)
+        assert math.isfinite(gain) or not any(name in row.gains for row in rows)
