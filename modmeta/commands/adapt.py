@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,19 @@ from pathlib import Path
 import torch
 
 from modmeta.adaptation import Adapted, Support
+from modmeta.adaptation.private import Privacy
 from modmeta.adapters.adapter_file import write_adapter
 from modmeta.commands.images import find_images, load_images
 from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
+from modmeta.data.decode import printable
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.abstention import abstention_sentence, calibrate_abstention
 from modmeta.evaluation.card import card_table, make_card, provenance, write_card
 from modmeta.evaluation.explanation import explain, explanation_tables
 from modmeta.evaluation.terminal import console
 from modmeta.learners import MetaLearner
+from modmeta.learners.private import adapt_privately
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     quiet()
     output = Path(options.output)
     _check_output(output, options.overwrite, (".md", ".json", ".png") if options.explain else (".md", ".json"))
+    privacy = _privacy(options)
     learner = load(options)
     if options.explain and not learner.model.units:
         raise ModmetaError(f"--explain: the {type(learner).__name__} of this checkpoint has no units to explain")
@@ -37,14 +42,17 @@ def run(options: argparse.Namespace) -> int:
     support = read_support(Path(options.support), learner, options.domain)
     begin = time.perf_counter()
     with torch.no_grad():  # adaptation switches gradients on where it needs them
-        adapted = learner.adapt(support)
+        adapted = learner.adapt(support) if privacy is None else adapt_privately(learner, support, privacy)
     seconds = time.perf_counter() - begin
-    origin = provenance(support)
+    level = options.provenance or ("hashes" if privacy is None else "none")
+    origin = provenance(support, level, _names(Path(options.support)) if level == "full" else ())
+    if privacy is not None:
+        origin["privacy"] = adapted.report["privacy"]
     if options.abstain_target is not None:
         with torch.no_grad():
             origin["abstention"] = calibrate_abstention(learner, support, options.abstain_target)
     write_adapter(output, learner.model, adapted.to_file(origin))
-    card = make_card(learner, support, adapted, seconds) | {"provenance": origin}
+    card = make_card(learner, support, adapted, seconds, origin)
     if options.explain:
         card["explanation"] = explain(learner, support, adapted, card["units"])
     files = write_card(output, card)
@@ -95,6 +103,31 @@ def _check_output(output: Path, overwrite: bool, beside: Sequence[str]) -> None:
     for file in (output, *map(output.with_suffix, beside)):
         if file.exists() and not overwrite:
             raise ModmetaError(f"--output: {file} exists; choose another name or add --overwrite")
+
+
+def _privacy(options: argparse.Namespace) -> Privacy | None:
+    if options.epsilon is None:
+        for name in ("delta", "clip"):
+            if getattr(options, name) is not None:
+                raise ModmetaError(f"--{name} belongs to a private adaptation; give --epsilon, too")
+        return None
+    if options.epsilon == math.inf:
+        raise ModmetaError("--epsilon inf promises nothing; leave it out")
+    for name in ("explain", "abstain_target"):
+        if getattr(options, name) not in (None, False):
+            raise ModmetaError(
+                f"--{name.replace('_', '-')} looks at the images without noise; leave it or --epsilon out"
+            )
+    if options.provenance not in (None, "none"):
+        raise ModmetaError(
+            f"--provenance {options.provenance} would tell which images an adaptation with --epsilon saw; leave it out"
+        )
+    given = {name: getattr(options, name) for name in ("delta", "clip") if getattr(options, name) is not None}
+    return Privacy(options.epsilon, **given)
+
+
+def _names(folder: Path) -> list[str]:
+    return [printable(path.relative_to(folder).as_posix()) for path in find_images(folder)]
 
 
 def _set_budget(learner: MetaLearner, budget: float) -> None:

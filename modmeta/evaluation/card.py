@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from modmeta.adaptation import PRIOR, Adapted, Support, backward_macs, backward_shares
 from modmeta.adapters import Unit
+from modmeta.adapters.provenance import describe_images
 from modmeta.evaluation.abstention import abstention_sentence
 from modmeta.evaluation.explanation import (
     EFFECT_HEADINGS,
@@ -34,20 +34,27 @@ from modmeta.learners import MetaLearner
 _PACKAGES = ("modmeta", "torch", "timm", "lightning", "safetensors")
 
 
-def provenance(support: Support) -> dict[str, Any]:
-    """Return where an adaptation comes from: number and checksum of the images, versions of the libraries."""
-    pixels = support.images.cpu().contiguous()
+def provenance(support: Support, level: str = "hashes", names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return where an adaptation comes from, as plain data: its images, and the versions of the libraries.
+
+    Args:
+        support: the images.
+        level: what is said of them besides their number: see :func:`~modmeta.adapters.provenance.describe_images`.
+        names: names of their files, for the level ``full``.
+    """
     return {
         "domain": support.domain,
-        "images": len(pixels),
+        "images": len(support.images),
         "images_per_class": _images_per_class(support),
-        "support_sha256": hashlib.sha256(pixels.reshape(-1).view(torch.uint8).numpy().data).hexdigest(),
+        **describe_images(support.images, level, names),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }
 
 
 @torch.no_grad()
-def make_card(learner: MetaLearner, support: Support, adapted: Adapted, seconds: float) -> dict[str, Any]:
+def make_card(
+    learner: MetaLearner, support: Support, adapted: Adapted, seconds: float, origin: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the card of an adaptation as plain data.
 
     Args:
@@ -55,6 +62,7 @@ def make_card(learner: MetaLearner, support: Support, adapted: Adapted, seconds:
         support: the images it adapted to.
         adapted: the outcome.
         seconds: how long it took.
+        origin: what :func:`provenance` returned, and more; None is its default.
     """
     backbone, report = learner.model.backbone, adapted.report
     return {
@@ -73,7 +81,7 @@ def make_card(learner: MetaLearner, support: Support, adapted: Adapted, seconds:
             "fingerprint": backbone.fingerprint(),
             "preprocessing": backbone.preprocessing,
         },
-        "provenance": provenance(support),
+        "provenance": provenance(support) if origin is None else origin,
         "seconds": seconds,
     }
 
@@ -151,10 +159,29 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
     if "abstention" in origin:
         lines += ["", abstention_sentence(origin["abstention"])]
     versions = ", ".join(f"{package} {number}" for package, number in origin["versions"].items())
-    lines += ["", f"Pixels: `sha256:{origin['support_sha256']}`", "", "## Origin", ""]
+    lines += ["", *_privacy(origin), "", "## Origin", ""]
     lines += [f"- backbone: {_text(card['backbone']['name'])}, `{card['backbone']['fingerprint']}`"]
     lines += [f"- versions: {versions}", f"- adaptation took {card['seconds']:.2f} s", ""]
     return "\n".join(lines)
+
+
+def _privacy(origin: dict[str, Any]) -> list[str]:
+    """Return what the adapter file tells of single images."""
+    lines = []
+    if "privacy" in origin:
+        p = origin["privacy"]
+        lines += [
+            f"Adapted in private: ({p['epsilon']:.3g}, {p['delta']:.3g})-differential privacy against the replacement "
+            f"of one image by another of its class, by {p['steps']} steps with contributions clipped to {p['clip']:g} "
+            f"and noise of {p['noise_multiplier']:.3f} times their sensitivity.",
+            "",
+        ]
+    if "hashes" not in origin:
+        return [*lines, "The file names no image, and holds no hash of any."]
+    lines += [f"The file holds {len(origin['hashes'])} salted hashes of its images, salt `{origin['salt'][:16]}...`."]
+    if "names" in origin:
+        lines += ["", *_table(("image",), ([name] for name in origin["names"]))]
+    return lines
 
 
 def _explanation(name: str, explanation: dict[str, Any]) -> list[str]:

@@ -104,8 +104,8 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
         return 0
     model, count = learner.model, len(support.images)
     total = backward_macs(model, model.active(adapted.plan.gate_of()), count, adapted.plan.steps)
-    if not isinstance(learner, ModularMetaLearner):
-        return total
+    if not isinstance(learner, ModularMetaLearner) or "privacy" in adapted.report:
+        return total  # a private adaptation asks neither indicators nor veto
     total += backward_macs(model, model.units, count, learner.indicators.backward_passes)
     if learner.veto:
         plan = Plan.from_dict(adapted.report["plan"])
