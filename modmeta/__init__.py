@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaptedBackbone": "modmeta.adapters",
     "AdapterModule": "modmeta.adapters",
+    "AtomicCheckpointIO": "modmeta.learners",
     "Backbone": "modmeta.backbone",
     "BackboneConfig": "modmeta.learners",
     "Cost": "modmeta.adapters",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from modmeta import __version__
 from modmeta.commands.options import COMPARE_HELP, PARSERS, lightning_help
 from modmeta.errors import ModmetaError, unknown
 
 COMMANDS = {
+    "check": "check a folder of images: bad files, duplicates, contradicting and suspicious labels, balance",
     "fit": "train: source training of the backbone, then meta-training of what adapts it",
     "validate": "measure a checkpoint on the validation episodes",
     "test": "measure a checkpoint on the test episodes",
@@ -22,7 +27,7 @@ COMMANDS = {
     "modules": "list the adapter modules and where they act on a backbone",
 }
 USER_ERROR = 2
-INTERRUPTED = 130  # what shells report after Ctrl-C
+INTERRUPTED = 128 + signal.SIGINT  # what shells report after Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's spinning threads starve each other where ranks or programs share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return _dispatch(arguments)
+        with _sigterm_exits():
+            return _dispatch(arguments)
     except SystemExit as stop:
         # Lightning turns Ctrl-C into an exit of its own.
         if isinstance(stop.__context__, KeyboardInterrupt):
@@ -50,6 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"modmeta: error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr)
         return USER_ERROR
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM end a command as an error would, so that nothing half-written stays; a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -94,6 +118,8 @@ def _user_message(error: BaseException) -> str | None:
             return _one_line(each)
         if "loading state_dict for" in str(each):
             return f"the checkpoint does not fit the model: {_one_line(each)[:300]}"
+        if isinstance(each, MemoryError) or type(each).__name__ == "OutOfMemoryError":
+            return "out of memory; choose smaller images, fewer images at once, or another device"
     return None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from inspect import signature
+from typing import Any, Generic, TypeVar
 
 from modmeta.errors import ModmetaError, unknown
 
@@ -65,6 +66,24 @@ class Registry(Generic[T]):
                 ) from error
             self._items.setdefault(name, item)
         return self._items[name]
+
+    def make(self, name: str, /, *arguments: Any, **options: Any) -> Any:
+        """Call what is registered under ``name``.
+
+        Args:
+            name: its name.
+            *arguments: what the program gives it.
+            **options: what the user gives it.
+
+        Raises:
+            ModmetaError: if the name or an option is unknown.
+        """
+        maker: Any = self.get(name)
+        parameters = list(signature(maker).parameters)[len(arguments) :]
+        for option in options:
+            if option not in parameters:
+                raise unknown(f"option of {self.noun} {name!r}:", option, parameters)
+        return maker(*arguments, **options)
 
     def names(self) -> list[str]:
         """Return every name, those of plug-ins that are not imported yet included."""

@@ -1,6 +1,15 @@
 """From a support set to an adapted model: heads, indicators, policy, inner loop, veto."""
 
+from modmeta.adaptation.comparisons import (
+    COMPARISONS,
+    PAIR_LOSSES,
+    Compared,
+    Comparison,
+    register_comparison,
+    register_pair_loss,
+)
 from modmeta.adaptation.cost import backward_macs, backward_shares
+from modmeta.adaptation.descent import STEP_RULES, StepRule, descend
 from modmeta.adaptation.gradients import support_gradients
 from modmeta.adaptation.heads import HEADS, Anchor, Classifier, Head, Labelled, register_head
 from modmeta.adaptation.indicators import (
@@ -15,18 +24,24 @@ from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms, running_statistics
 from modmeta.adaptation.support import Adapted, Support
+from modmeta.adaptation.track_record import TrackRecord, Trial
 from modmeta.adaptation.update_rules import UPDATE_RULES, UpdateRule
-from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, stratified_folds, tempered_losses
+from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, measure, stratified_folds, tempered_losses
 
 __all__ = [
+    "COMPARISONS",
     "DEFAULT_INDICATORS",
     "HEADS",
     "INDICATORS",
+    "PAIR_LOSSES",
     "PRIOR",
+    "STEP_RULES",
     "UPDATE_RULES",
     "Adapted",
     "Anchor",
     "Classifier",
+    "Compared",
+    "Comparison",
     "DivergedError",
     "Head",
     "IndicatorSet",
@@ -36,19 +51,26 @@ __all__ = [
     "Situation",
     "SourceStatistics",
     "SourceView",
+    "StepRule",
     "Support",
+    "TrackRecord",
+    "Trial",
     "UpdateRule",
     "Verdict",
     "backward_macs",
     "backward_shares",
     "candidates",
+    "descend",
     "inner_loop",
     "judge",
+    "measure",
     "norm_sites",
     "observe_norms",
     "read_statistics",
+    "register_comparison",
     "register_head",
     "register_indicator",
+    "register_pair_loss",
     "running_statistics",
     "stratified_folds",
     "support_gradients",

@@ -190,6 +190,21 @@ class PrototypeHead(_PrototypeHead):
         return self.log_scale.exp() * logits / self._spread(x)
 
 
+@register_head("prototypical")
+class PrototypicalHead(PrototypeHead):
+    """Squared Euclidean distance to class means as it is, for an embedding that is trained with it.
+
+    The head of the paper: with a factor of 1, which is learned, the logits are minus the squared distances.
+    """
+
+    def __init__(self, scale: float = 1.0, ridge: float = 1.0) -> None:
+        super().__init__(scale, ridge)
+
+    @staticmethod
+    def _spread(features: Tensor) -> Tensor:
+        return features.new_ones(())
+
+
 @register_head("cosine")
 class CosineHead(_PrototypeHead):
     """Cosine similarity to class means of centred features.

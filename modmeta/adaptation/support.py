@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +47,14 @@ class Adapted:
     Attributes:
         state: the adapter modules' tensors.
         plan: what was carried out; all gates are closed where nothing was adapted.
-        classifier: the head.
+        classifier: the head, or whatever else makes logits ``(B, C)`` of features ``(B, D)``.
         classes: names of the classes.
         report: plain data on how it came about, for the card and the tables.
     """
 
     state: State
     plan: Plan
-    classifier: Classifier
+    classifier: Callable[[Tensor], Tensor]
     classes: tuple[str, ...]
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -62,7 +63,15 @@ class Adapted:
 
         Args:
             provenance: where it comes from, as plain data.
+
+        Raises:
+            ModmetaError: if what classifies is no linear classifier.
         """
+        if not isinstance(self.classifier, Classifier):
+            raise ModmetaError(
+                f"an adapter file holds a linear classifier, which {type(self.classifier).__name__} is not: "
+                f"this learner can be tested, but has no adapter file; take one with a closed-form head"
+            )
         return AdapterFile(
             classes=self.classes,
             plan=self.plan.to_dict(),

@@ -15,6 +15,7 @@ from modmeta.backbone.apart import apart
 from modmeta.backbone.cut import Cut
 from modmeta.backbone.discovery import examine
 from modmeta.backbone.fingerprint import fingerprint
+from modmeta.backbone.four_block import BatchStatisticsNorm2d
 from modmeta.backbone.pool import ShellPool
 from modmeta.backbone.preprocessing import prepare, preprocessing_of
 from modmeta.backbone.shell import Observer, Slot, call, hooked, resume_at, share, stop_at
@@ -89,6 +90,11 @@ class Backbone(nn.Module):
     def cuts(self) -> tuple[Cut, ...]:
         """All verified cuts, in execution order; found by running the model when first asked for."""
         return self._examined().cuts
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether the features of an image depend on the other images of its batch."""
+        return any(isinstance(module, BatchStatisticsNorm2d) for module in self.model.modules())
 
     def site(self, name: str) -> Site:
         """Return the site called ``name``.

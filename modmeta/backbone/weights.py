@@ -14,6 +14,7 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+import modmeta.backbone.four_block  # noqa: F401 - registers its models with timm
 from modmeta.backbone.trace import parent
 from modmeta.errors import ModmetaError, unknown
 

@@ -8,18 +8,23 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE
+from lightning.pytorch.plugins import CheckpointIO
 
-from modmeta.commands.arguments import Arguments
+from modmeta.commands.arguments import RUNS, Arguments
+from modmeta.commands.image_record import ImageRecord
 from modmeta.commands.parser import BriefParser
 from modmeta.commands.quiet import quiet
+from modmeta.commands.resume import Resumed
+from modmeta.commands.run_folder import MetricsLogger, SavedConfig
 from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.results import print_results, write_results
-from modmeta.learners import MetaLearner, read_checkpoint
+from modmeta.learners import AtomicCheckpointIO, MetaLearner, read_checkpoint
+from modmeta.learners.checkpoint_io import load_plain
+from modmeta.learners.interruption import Interruption
 
-RUNS = "runs"
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,  # the data module shards its episodes itself
@@ -37,6 +42,7 @@ class CommandLine(LightningCLI):
 
     def __init__(self, arguments: Arguments) -> None:
         self.default_name = arguments.name
+        self.resumed = arguments.resumed
         super().__init__(
             LightningModule,
             DomainDataModule,
@@ -46,7 +52,7 @@ class CommandLine(LightningCLI):
             parser_class=BriefParser,
             # "omegaconf+" resolves interpolations after all files and the command line; "omegaconf" before.
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "modmeta"},
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SavedConfig,
             auto_configure_optimizers=False,
             # Learners save their arguments as plain data themselves.
             load_from_checkpoint_support=False,
@@ -60,22 +66,31 @@ class CommandLine(LightningCLI):
         add("--name", type=str | None, default=None, help="The run lies in runs/NAME/version_N.")
         add("--modules", type=list[str], default=[], help="Python files with modules or learners.")
         add("--test_after_fit", type=bool, default=False, help="Test at the end of a fit.")
-        add("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume or measure.")
+        add("--ckpt_path", type=str | None, default=None, help="Checkpoint to begin from or to measure.")
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's name, so that the saved configuration has it."""
         self.config["name"] = self.config["name"] or self.default_name
+        if self.resumed is not None:
+            self.config["name"] = self.resumed.folder.parent.name
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with everything that it writes in one folder unless the user says otherwise."""
         given = self.config_init["trainer"]
-        folder = Path(RUNS, self.config["name"])
+        folder = Path(RUNS, self.config["name"]) if self.resumed is None else self.resumed.folder.parent
         if given["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(folder)
         if given["logger"] in (None, True):
-            kwargs["logger"] = _loggers(folder)
+            kwargs["logger"] = _loggers(folder, self.resumed)
+        elif self.resumed is not None:
+            raise ModmetaError("--resume continues a run folder, which has its own loggers; leave out trainer.logger")
+        plugins = given["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        callbacks = kwargs["callbacks"] = [*callbacks, Interruption(), ImageRecord()]
         if given["enable_checkpointing"] is not False and not any(
             isinstance(callback, Checkpoint) for callback in callbacks
         ):
@@ -94,8 +109,9 @@ def run(command: str, words: list[str]) -> int:
         words: the command line behind it.
     """
     quiet()
-    cli = CommandLine(Arguments.parse(words, beside_checkpoint=command != "fit"))
-    checkpoint = cli.config["ckpt_path"]
+    fits = command == "fit"
+    cli = CommandLine(Arguments.parse(words, beside_checkpoint=not fits, may_resume=fits))
+    checkpoint = cli.config["ckpt_path"] if cli.resumed is None else str(cli.resumed.checkpoint)
     _check_checkpoint(checkpoint, cli.model)
     if command == "fit":
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -122,11 +138,12 @@ def _last_epoch() -> ModelCheckpoint:
     return ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
 
 
-def _loggers(folder: Path) -> list[Logger]:
-    csv = CSVLogger(folder.parent, folder.name)
+def _loggers(folder: Path, resumed: Resumed | None) -> list[Logger]:
+    version, steps = (None, None) if resumed is None else (resumed.version, resumed.steps)
+    metrics = MetricsLogger(folder.parent, folder.name, version, steps)
     if not _TENSORBOARD_AVAILABLE:
-        return [csv]
-    return [csv, TensorBoardLogger(folder.parent, folder.name, version=csv.version)]
+        return [metrics]
+    return [metrics, TensorBoardLogger(folder.parent, folder.name, version=metrics.version, purge_step=steps)]
 
 
 def _check_checkpoint(path: str | None, model: LightningModule) -> None:
@@ -134,8 +151,8 @@ def _check_checkpoint(path: str | None, model: LightningModule) -> None:
         return
     if isinstance(model, MetaLearner):
         read_checkpoint(path)
-    elif not Path(path).is_file():
-        raise ModmetaError(f"ckpt_path: the checkpoint {path} does not exist")
+    else:
+        load_plain(path)
 
 
 def _report(trainer: Trainer, learner: MetaLearner) -> None:

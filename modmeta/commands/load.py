@@ -21,6 +21,6 @@ def load(options: argparse.Namespace) -> MetaLearner:
         raise ModmetaError("--accelerator cuda: this machine has no usable GPU; leave the option out")
     import_files([resolve_file(name) for name in options.modules])
     learner = load_learner(options.checkpoint)
-    if not learner.sources.ready:
+    if not learner.trained:
         raise ModmetaError(f"checkpoint {options.checkpoint} ends before meta-training began; fit for more epochs")
     return learner.to(options.accelerator)

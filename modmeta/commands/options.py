@@ -17,7 +17,7 @@ usage: modmeta {name} --config FILE [--KEY VALUE ...]
   --config FILE            a YAML file of the keys below, such as configs/quickstart.yaml; may be repeated
   --modules FILE.py        a file with your own adapter modules or learners; may be repeated
   --ckpt_path FILE         the checkpoint to {checkpoint}
-  --name NAME              the run lies in runs/NAME/version_N; default: the name of the configuration file
+{resume}  --name NAME              the run lies in runs/NAME/version_N; default: the name of the configuration file
   --test_after_fit BOOL    measure the test episodes after a fit
   --seed_everything INT    seed of everything that is random
   --model CLASS            the learner, such as ModularMetaLearner, or my_file.MyLearner with --modules
@@ -30,8 +30,13 @@ usage: modmeta {name} --config FILE [--KEY VALUE ...]
 The command line beats the configuration file, which beats what a checkpoint says.
 A run's own config.yaml is accepted by fit, validate and test alike."""
 
+_RESUME = """\
+  --resume auto            go on with the run NAME in its folder, from its newest valid checkpoint, if it has any
+  --resume PATH            go on with another run: one of its checkpoints, or its folder
+"""
+
 _SUMMARIES = {
-    "fit": ("Train on the source domains, then meta-train on episodes.", "resume from"),
+    "fit": ("Train on the source domains, then meta-train on episodes.", "begin a new run from"),
     "validate": (
         "Measure a checkpoint on the validation episodes.",
         "measure (its run's config.yaml is the default)",
@@ -43,7 +48,8 @@ _SUMMARIES = {
 def lightning_help(name: str) -> str:
     """Return the short help of ``fit``, ``validate`` or ``test``."""
     summary, checkpoint = _SUMMARIES[name]
-    return _LIGHTNING_HELP.format(name=name, summary=summary, checkpoint=checkpoint)
+    resume = _RESUME if name == "fit" else ""
+    return _LIGHTNING_HELP.format(name=name, summary=summary, checkpoint=checkpoint, resume=resume)
 
 
 COMPARE_HELP = """\
@@ -71,6 +77,15 @@ goes on where it stopped; systems may be added and episodes increased.
   --seed INT               seed of episodes, flipped labels and bootstrap
   --accelerator NAME       cpu or cuda
   --help-all               every option with its type and default"""
+
+
+_CHECK_DESCRIPTION = """\
+Check a folder of images before anything is learned from it. Writes check.html for people, check.json for programs
+and manifest.jsonl with the hashes and the verdict of every file; changes nothing in DIR.
+
+Exit code 2 means that there is an error: an image file that cannot be used, a folder that cannot be used (a class
+without images, say), or the same pixels under two labels. Exit code 0 means that there is none; duplicates, links
+that were passed over, an unbalanced domain and the like are warnings, suspicious labels are notes."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -116,6 +131,20 @@ def adapt_parser() -> OneLineParser:
         help="find the probability from which on held-out images are classified with accuracy A, 0 to 1, for "
         "predict --abstain-below calibrated; takes about as long as the adaptation again",
     )  # fmt: skip
+    parser.add_argument(
+        "--provenance", choices=("none", "hashes", "full"),
+        help="what the adapter file and the card say of the images besides their number per class: nothing, salted "
+        "hashes, or hashes and names; default: hashes, with --epsilon none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--epsilon", type=float, metavar="E",
+        help="adapt with differential privacy of every image: the smaller, the more private and the less accurate; "
+        "needs Opacus, see docs/privacy.md",
+    )  # fmt: skip
+    parser.add_argument("--delta", type=float, metavar="D", help="with --epsilon: its delta; default: 1e-5")
+    parser.add_argument(
+        "--clip", type=float, metavar="C", help="with --epsilon: largest norm of an image's gradient; default: 1"
+    )
     parser.add_argument(
         "--explain", action="store_true",
         help="show what the policy saw and what each unit did, in the terminal, the card and a picture",
@@ -174,7 +203,36 @@ def modules_parser() -> OneLineParser:
     return parser
 
 
+def check_parser() -> OneLineParser:
+    """Return the parser of ``check``."""
+    parser = OneLineParser(
+        prog="modmeta check", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_CHECK_DESCRIPTION,
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="folders domain/class/image, or class/image of one domain")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="where to write the three files; default: check-NAME, NAME that of DIR"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier check")
+    parser.add_argument(
+        "--suspects", type=int, default=24, metavar="N", help="suspicious labels to show at most; default: 24"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode; default: the cores, up to 4")
+    parser.add_argument(
+        "--backbone", metavar="NAME",
+        help="judge labels by the features of this timm model instead of edges and colours; better, and slower",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pretrained", default="true", metavar="FILE|true",
+        help="weights of the backbone: a file, or true for the published ones; default: true",
+    )  # fmt: skip
+    parser.add_argument("--image-size", type=int, metavar="N", help="of the backbone; default: the model's own")
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="of the backbone; default: cpu")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], OneLineParser]] = {
+    "check": check_parser,
     "adapt": adapt_parser,
     "predict": predict_parser,
     "export": export_parser,

@@ -18,6 +18,7 @@ _WARNINGS = (
     r"The number of training batches .* is smaller than the logging interval",
     r".*module\(?s?\)? in eval mode",
     r".*LeafSpec",
+    r"Using ModelCheckpoint with manual optimization",
     r".*treespec",
     r".*isinstance\(.*TreeSpec",
     r"Found \d+ module",
@@ -25,6 +26,10 @@ _WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",
     r".*Experiment logs directory .* exists and is not empty",
+    # Pillow's asides on files that the decoder takes, or refuses in a line of its own.
+    r"Corrupt EXIF data",
+    r"Truncated File Read",
+    r"Image size \(\d+ pixels\) exceeds limit",
 )
 
 

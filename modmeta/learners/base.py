@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from modmeta.adaptation import DivergedError
 from modmeta.data import Episode, ImageStore, SourceBatch
+from modmeta.data.seeding import seed_global
 from modmeta.errors import ModmetaError
 from modmeta.learners.checkpoint import check, describe, plain
 from modmeta.learners.feature_cache import FeatureCache
 from modmeta.learners.measuring import EpisodeMeasuring, episode_support
+from modmeta.learners.out_of_memory import gradient_within_memory, ran_out_of_memory
+from modmeta.learners.resume import metric_state, restore_metric, settle_progress
 from modmeta.learners.source import SourcePhase, datamodule_of, source_step
 
 
@@ -39,6 +42,12 @@ class MetaLearner(EpisodeMeasuring):
         source_images: images per class and domain that the source statistics are measured on.
         cache_dir: where frozen features are kept; None keeps them in memory.
     """
+
+    largest_gradient = 1.0
+    """Norm that longer meta-gradients are shortened to."""
+
+    chunk: int | None = None
+    """Episodes that :meth:`meta_gradient` is given at once, None for all of a step; halved when memory runs out."""
 
     _fingerprint: str | None = None
 
@@ -83,13 +92,22 @@ class MetaLearner(EpisodeMeasuring):
         if not trains_backbone:  # otherwise there is nothing frozen to keep yet
             self._open_cache()
 
+    def on_train_start(self) -> None:
+        """Begin with the episodes where a run is resumed within an epoch of them: that epoch has started already."""
+        self._begin_episodes()
+
     def on_train_epoch_start(self) -> None:
-        """Freeze and measure the sources when the episodes begin."""
+        """Begin with the episodes when it is time."""
+        self._begin_episodes()
+
+    def _begin_episodes(self) -> None:
+        """Freeze and measure the sources, once the last epoch of source training is over."""
         if self.current_epoch < self.source_epochs:
             return
-        if not self.sources.ready:
-            self._average_buffers()
-            self.measure_sources()
+        if not self.trained:
+            self._begun = True
+            if self.needs_sources:
+                self.measure_sources()
         backbone = self.model.backbone
         if self._fingerprint is None:
             self._fingerprint = backbone.fingerprint()
@@ -108,7 +126,9 @@ class MetaLearner(EpisodeMeasuring):
             store: the images whose rows ``ids`` of :meth:`prior_features` and :meth:`logits` mean.
             folder: where to keep features; None keeps them in memory.
         """
-        self._cache = FeatureCache(self.model, len(store), store.key, folder)
+        # Where an image's features depend on its batch, those of another batch are of no use.
+        if not self.model.backbone.batch_dependent:
+            self._cache = FeatureCache(self.model, len(store), store.key, folder)
 
     def measure_sources(self) -> None:
         """Measure the source domains under the frozen backbone, the same on every rank."""
@@ -123,25 +143,23 @@ class MetaLearner(EpisodeMeasuring):
         self.on_sources_measured()
 
     def training_step(self, batch: list[Episode] | SourceBatch, batch_idx: int) -> None:
-        """Take one step: on a source batch in the first phase, on this rank's episodes in the second."""
+        """Take one step: on a source batch in the first phase, on this rank's episodes in the second.
+
+        Raises:
+            DivergedError: when a loss, a gradient or a parameter is not finite.
+            ModmetaError: when memory runs out, and smaller parts would not help or change the result.
+        """
+        where = f"epoch {self.current_epoch}, step {self.global_step}"
+        # What is drawn without a generator of its own, such as dropout, is the same in a resumed run.
+        seed_global(self._seed, "step", self.current_epoch, batch_idx, self.global_rank)
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         meta = self.meta_parameters()
         if isinstance(batch, SourceBatch):
             assert self.phase is not None
-            others = sum((p.sum() * 0.0 for p in meta), torch.zeros((), device=self.device))
-            source_step(
-                self,
-                self.phase,
-                self.model.backbone,
-                optimizers[1],
-                batch,
-                batch_idx,
-                self.source_epochs,
-                others,
-            )
+            self._source_step(self.phase, optimizers[1], batch, batch_idx, meta, where)
             return
-        loss, gradients = self.meta_gradient(batch, meta)
+        loss, gradients = gradient_within_memory(self, batch, meta, where)
         # One backward pass that reaches every parameter with exactly these gradients: what
         # DistributedDataParallel needs to average them, however each episode was computed.
         surrogate = torch.stack([(p * g).sum() for p, g in zip(meta, gradients, strict=True)]).sum()
@@ -149,9 +167,48 @@ class MetaLearner(EpisodeMeasuring):
         surrogate = surrogate + sum((p.sum() * 0.0 for p in rest), surrogate.new_zeros(()))
         optimizers[0].zero_grad()
         self.manual_backward(surrogate)
-        nn.utils.clip_grad_norm_(meta, 1.0)
+        nn.utils.clip_grad_norm_(meta, self.largest_gradient)
         optimizers[0].step()
+        self._refuse_overflow(meta, where)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+
+    def _source_step(
+        self,
+        phase: SourcePhase,
+        optimizer: Any,
+        batch: SourceBatch,
+        batch_idx: int,
+        meta: list[nn.Parameter],
+        where: str,
+    ) -> None:
+        others = sum((p.sum() * 0.0 for p in meta), torch.zeros((), device=self.device))
+        backbone = self.model.backbone
+        try:
+            source_step(self, phase, backbone, optimizer, batch, batch_idx, self.source_epochs, others)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            # Half a batch would have other batch statistics.
+            raise ModmetaError(
+                f"{where}: out of memory in source training; choose a smaller data.batch_size or data.image_size"
+            ) from error
+        self._average_buffers()
+        self._refuse_overflow([*backbone.parameters(), *phase.parameters()], where)
+
+    def _refuse_overflow(self, parameters: Iterable[nn.Parameter], where: str) -> None:
+        """Stop before parameters that overflowed in a step get anywhere."""
+        moved = list(parameters)
+        if torch.stack([torch.isfinite(p).all() for p in moved]).all():
+            return
+        names = self._names([p for p in moved if not torch.isfinite(p).all()])
+        raise DivergedError(f"{where}: the step left {names} not finite; the last checkpoint is intact")
+
+    def _names(self, parameters: Sequence[nn.Parameter]) -> str:
+        """Return names of parameters for a message; those of a unit's begin with the unit's own."""
+        known = {id(parameter): name for name, parameter in self.named_parameters()}
+        known |= {id(parameter): name for name, parameter in zip(self.bank.names, self.bank.prior, strict=True)}
+        names = [known[id(parameter)] for parameter in parameters]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
     def meta_gradient(
         self, episodes: Sequence[Episode], parameters: Sequence[nn.Parameter]
@@ -165,13 +222,20 @@ class MetaLearner(EpisodeMeasuring):
         gradients = [torch.zeros_like(p) for p in parameters]
         for episode in episodes:
             where = f"step {self.global_step}, episode {episode.index}, domain {episode.domain!r}"
+            # And in episodes, it is the same on any number of ranks.
+            seed_global(self._seed, "episode", episode.index)
             try:
                 loss = self.episode_loss(episode)
             except DivergedError as error:
                 raise DivergedError(f"{where}: {error}") from error
+            if not torch.isfinite(loss):
+                raise DivergedError(f"{where}: the loss is {float(loss.detach())}; the last checkpoint is intact")
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            if not all(torch.isfinite(g).all() for g in [loss, *found] if g is not None):
-                raise DivergedError(f"{where}: the loss or its gradient is not finite; the last checkpoint is intact")
+            wrong = [p for p, g in zip(parameters, found, strict=True) if g is not None and not torch.isfinite(g).all()]
+            if wrong:
+                raise DivergedError(
+                    f"{where}: the gradient of {self._names(wrong)} is not finite; the last checkpoint is intact"
+                )
             total += loss.detach() / len(episodes)
             for sum_, g in zip(gradients, found, strict=True):
                 if g is not None:
@@ -194,10 +258,13 @@ class MetaLearner(EpisodeMeasuring):
             raise ModmetaError("the frozen backbone changed during meta-training; a callback or subclass wrote to it")
 
     def _average_buffers(self) -> None:
-        # Each rank's BatchNorm saw its own half of the source batches; from here on all must be the same.
-        for buffer in self.model.backbone.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+        """Let all ranks know what each one's BatchNorm saw of a batch: a checkpoint holds one rank's buffers."""
+        buffers = [buffer for buffer in self.model.backbone.buffers() if buffer.is_floating_point()]
+        if self.trainer.world_size == 1 or not buffers:
+            return
+        mean = self.trainer.strategy.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduce_op="mean")
+        for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -205,9 +272,12 @@ class MetaLearner(EpisodeMeasuring):
     """Whether the backbone was built without its weights, because a checkpoint brings them."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a checkpoint must be checked against."""
+        """Add what a checkpoint must be checked against, and what a resumed run goes on from."""
         checkpoint["hyper_parameters"] = plain(dict(self.hparams))
-        checkpoint["modmeta"] = describe(self)
+        checkpoint["modmeta"] = {**describe(self), "trained": self.trained}
+        if self.phase is not None:
+            checkpoint["source_accuracy"] = metric_state(self.phase.accuracy)
+        settle_progress(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another learner, backbone or set of units.
@@ -216,7 +286,10 @@ class MetaLearner(EpisodeMeasuring):
             ModmetaError: saying what was found and what was expected.
         """
         check(checkpoint.get("modmeta"), self, weights=not self.from_checkpoint)
+        self._begun = checkpoint["modmeta"].get("trained", True)
         if self.phase is None:
             # The source classifier only serves source training.
             for key in [key for key in checkpoint["state_dict"] if key.startswith("phase.")]:
                 del checkpoint["state_dict"][key]
+        elif "source_accuracy" in checkpoint:
+            restore_metric(self.phase.accuracy, checkpoint["source_accuracy"], first=self.trainer.is_global_zero)

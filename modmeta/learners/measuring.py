@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from modmeta.adaptation import Adapted, DivergedError, Head, Support
 from modmeta.data import Episode
+from modmeta.data.seeding import seed_global
 from modmeta.errors import ModmetaError
 from modmeta.learners.metrics import EpisodeMetrics, Result
 from modmeta.learners.parts import LearnerParts
@@ -31,8 +33,7 @@ class EpisodeMeasuring(LearnerParts):
 
     def evaluate(self, episode: Episode) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         """Return query logits per system, and further figures per system, of one episode."""
-        ids = episode.query_ids if episode.shift is None else None
-        support_ids = episode.support_ids if episode.shift is None else None
+        support_ids, ids = episode_ids(episode)
         support = episode_support(episode, hide=episode.domain in self.sources.domains)
         view = self.sources.view(support.hidden)
         features = self.prior_features(support.images, support_ids)
@@ -69,13 +70,13 @@ class EpisodeMeasuring(LearnerParts):
         Raises:
             ModmetaError: if this model was never trained.
         """
-        if not self.sources.ready:
+        if not self.trained:
             raise ModmetaError("this model was not trained: give the checkpoint of a fit with --ckpt_path")
         self._metrics = self._new_metrics("test")
 
     def validation_step(self, batch: list[Episode], batch_idx: int) -> None:
         """Measure the validation episodes; there is nothing to measure while the backbone trains."""
-        if self.sources.ready and self._metrics is not None:
+        if self.trained and self._metrics is not None:
             self._measure(batch)
 
     def test_step(self, batch: list[Episode], batch_idx: int) -> None:
@@ -84,7 +85,7 @@ class EpisodeMeasuring(LearnerParts):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
-        if self.sources.ready:
+        if self.trained:
             self._finish("val")
 
     def on_test_epoch_end(self) -> None:
@@ -97,13 +98,22 @@ class EpisodeMeasuring(LearnerParts):
         with torch.inference_mode(False), torch.no_grad():
             for inference in episodes:
                 episode = _normal(inference)
+                seed_global(self._seed, "measured episode", episode.index)
                 logits, facts = self.evaluate(episode)
+                where = f"episode {episode.index}, domain {episode.domain!r}"
                 for system, scores in logits.items():
                     if not torch.isfinite(scores).all():
-                        raise DivergedError(
-                            f"episode {episode.index}, domain {episode.domain!r}: system {system!r} is not finite"
-                        )
+                        raise DivergedError(f"{where}: system {system!r} is not finite")
+                for system, figures in facts.items():
+                    for name, value in figures.items():
+                        if not math.isfinite(value):
+                            raise DivergedError(f"{where}: {name} of system {system!r} is not finite")
                 self._metrics.update(episode.domain, episode.shots, episode.index, episode.query_labels, logits, facts)
+
+    @property
+    def _seed(self) -> int:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return 0 if datamodule is None else int(datamodule.hparams.get("seed", 0))
 
     def _new_metrics(self, split: str) -> EpisodeMetrics | None:
         datamodule = datamodule_of(self)
@@ -118,6 +128,11 @@ class EpisodeMeasuring(LearnerParts):
             return
         results = self._metrics.compute()
         self._metrics = None
+        for r in results:
+            if not all(map(math.isfinite, (r.value, r.low, r.high))):
+                raise DivergedError(
+                    f"{split}, domain {r.domain!r}, {r.shots}-shot: {r.metric} of system {r.system!r} is not finite"
+                )
         self.results = results
         for r in results:
             if r.system == "adapted":
@@ -130,6 +145,11 @@ class EpisodeMeasuring(LearnerParts):
 def episode_support(episode: Episode, hide: bool) -> Support:
     """Return the support of an episode, its own domain hidden from the sources or not."""
     return Support(episode.support, episode.support_labels, episode.classes, hidden=episode.domain if hide else None)
+
+
+def episode_ids(episode: Episode) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return the store's rows of support and query, where the images are those as they are on disk."""
+    return (episode.support_ids, episode.query_ids) if episode.shift is None else (None, None)
 
 
 def _normal(episode: Episode) -> Episode:

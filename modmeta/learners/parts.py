@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modmeta.adaptation import HEADS, Adapted, Classifier, Head, Plan, SourceStatistics, Support
-from modmeta.adapters import AdaptedBackbone, Bank, UnitConfig, check_alive
+from modmeta.adaptation import (
+    HEADS,
+    Adapted,
+    Anchor,
+    Classifier,
+    Head,
+    Plan,
+    SourceStatistics,
+    Support,
+    read_statistics,
+)
+from modmeta.adapters import AdaptedBackbone, Bank, State, UnitConfig, check_alive
 from modmeta.errors import ModmetaError
 from modmeta.learners.feature_cache import FeatureCache
 from modmeta.learners.source import BackboneConfig, SourceConfig, SourcePhase
@@ -18,6 +30,11 @@ from modmeta.learners.source import BackboneConfig, SourceConfig, SourcePhase
 
 class LearnerParts(LightningModule):
     """The parts that every learner over episodes is made of, and the way from a support set to logits."""
+
+    needs_sources = True
+    """Whether adapting looks at what is remembered of the source domains; if not, they are never measured."""
+
+    _begun = False
 
     def __init__(
         self,
@@ -33,6 +50,7 @@ class LearnerParts(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        self._forget_others()
         self.automatic_optimization = False
         self.source = source
         self.learning_rate = learning_rate
@@ -48,6 +66,18 @@ class LearnerParts(LightningModule):
         self.sources = SourceStatistics()
         self.phase: SourcePhase | None = None
         self._cache: FeatureCache | None = None
+
+    def _forget_others(self) -> None:
+        """Keep only the arguments of the class itself: what it sets for its base cannot be given to it again."""
+        parameters = inspect.signature(type(self)).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for name in self.hparams.keys() - parameters.keys():
+                del self.hparams[name]
+
+    @property
+    def trained(self) -> bool:
+        """Whether meta-training has begun, here or in the run that a checkpoint is of."""
+        return self.sources.ready if self.needs_sources else self._begun
 
     def adapt(self, support: Support) -> Adapted:
         """Adapt to a support set; gradients flow to what is meta-learned when they are enabled.
@@ -81,7 +111,7 @@ class LearnerParts(LightningModule):
             ridge: factor on the head's ridge strength.
         """
         assert support.labels is not None
-        anchor = self.sources.view(support.hidden).anchor(support.classes)
+        anchor = self._anchor(support)
         return self.head.held_out(features, support.labels, support.ways, anchor, ridge)
 
     def query_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,9 +141,11 @@ class LearnerParts(LightningModule):
         Raises:
             ModmetaError: for unlabelled images of classes that no source domain knows.
         """
-        anchor = self.sources.view(support.hidden).anchor(support.classes)
+        anchor = self._anchor(support)
         if support.labels is not None:
             return (head or self.head).fit(features, support.labels, support.ways, anchor, ridge)
+        if anchor is None:
+            raise ModmetaError(f"a {type(self).__name__} knows no source domains, so all images need labels")
         if not bool(anchor.known.all()):
             new = [name for name, known in zip(support.classes, anchor.known.tolist(), strict=True) if not known]
             raise ModmetaError(f"class {new[0]!r} is new to the source domains, so its images need labels")
@@ -121,12 +153,40 @@ class LearnerParts(LightningModule):
 
     def logits(self, adapted: Adapted, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return logits ``(B, C)`` of images under an adapted model; differentiable in it."""
-        gates = adapted.plan.gate_of()
+        return adapted.classifier(self.features(images, adapted.state, adapted.plan, ids))
+
+    def features(self, images: Tensor, state: State, plan: Plan, ids: Tensor | None = None) -> Tensor:
+        """Return features ``(B, D)`` of images under a state and a plan's gates; differentiable in both.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+            state: the adapter modules' tensors.
+            plan: whose gates count.
+            ids: ``(B,)`` rows of the image store, where the images are those as they are on disk.
+        """
+        gates = plan.gate_of()
         start = self.model.cut_before(self.model.active(gates))
         if start == "features" and not gates:
-            return adapted.classifier(self.prior_features(images, ids))
-        hidden = self._hidden(images, start, ids)
-        return adapted.classifier(self.model(hidden, adapted.state, gates, start=start))
+            return self.prior_features(images, ids)
+        return self.model(self._hidden(images, start, ids), state, gates, start=start)
+
+    def learned(self, images: Tensor, initial: State | None = None) -> tuple[State, Plan]:
+        """Return a state to use as it is, without any inner step, and the plan that opens every unit for it.
+
+        :meth:`features` under them are differentiable in the state, which is how an embedding or what generates
+        a state is trained. Units that read statistics read those of the images.
+
+        Args:
+            images: support images ``(S, 3, H, W)``.
+            initial: the state; by default the bank's initial one, so that the bank is what is trained.
+        """
+        initial = self.bank.initial() if initial is None else initial
+        plan = self.idle_plan()
+        plan = replace(plan, gates=torch.ones_like(plan.gates))
+        return read_statistics(self.model, initial, plan, images) | {n: initial[n] for n in self.bank.names}, plan
+
+    def _anchor(self, support: Support) -> Anchor | None:
+        return self.sources.view(support.hidden).anchor(support.classes) if self.sources.ready else None
 
     def _hidden(self, images: Tensor, cut: str | None, ids: Tensor | None) -> Tensor:
         if self._cache is not None:

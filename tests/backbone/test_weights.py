@@ -62,6 +62,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path):
         Backbone("test_resnet", str(path))
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_broken_and_missing_files_are_refused_in_one_line(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
@@ -84,6 +85,7 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.fault(27)
 def test_code_in_a_file_is_never_run(tmp_path):
     trace, path = tmp_path / "trace", tmp_path / "weights.pth"
     torch.save({"state_dict": Payload(str(trace))}, path)
@@ -102,6 +104,7 @@ def test_unknown_names_get_the_nearest():
         Backbone("resnet18.a1_in2k", False)
 
 
+@pytest.mark.fault(39)
 def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

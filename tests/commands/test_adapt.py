@@ -2,13 +2,17 @@
 
 import csv
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from finished_run import Run
 from PIL import Image
 
+from modmeta.adapters.provenance import holds_image
 from modmeta.cli import main
+from modmeta.data.decode import decode_image
 
 
 def adapt(run: Run, support: Path, output: str = "a.safetensors", *more: str) -> int:
@@ -248,3 +252,121 @@ def test_an_image_that_cannot_be_decoded_stops_predict(tiny_run: Run, capsys: py
     assert main(["predict", *words, "--output", "p.csv"]) == 2
     assert "broken/x.png cannot be decoded" in capsys.readouterr().err
     assert not Path("p.csv").exists()
+
+
+def tell_tale_support(run: Run, folder: Path) -> tuple[list[bytes], list[bytes]]:
+    """Copy the support as JPEG and PNG files with telling names and metadata; return names and tags, and pixels."""
+    exif = Image.Exif()
+    exif[0x013B], exif[0x010F] = "TELLTALE-ARTIST", "TELLTALE-CAMERA"
+    exif.get_ifd(0x8825)[1] = "N"  # GPS
+    words, rows = [b"TELLTALE", b"Exif\0\0", b"telltale"], []
+    for number, path in enumerate(sorted(run.support.rglob("*.png"))):
+        target = folder / path.parent.name / f"telltale-{number}{('.jpg', '.png')[number % 2]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.save(target, exif=exif)
+        assert b"TELLTALE-ARTIST" in target.read_bytes()
+        rows += pixel_pieces(target)
+    return words, rows
+
+
+def pixel_pieces(path: Path) -> list[bytes]:
+    """Return pieces of an image as the backbone is given it, in the layouts and types in which it could be stored."""
+    pixels = decode_image(path, 32)
+    layouts = (pixels, pixels.permute(1, 2, 0).contiguous())
+    kinds = [kind for layout in layouts for kind in (layout, layout.float(), layout.float() / 255)]
+    # A piece of few values could stand anywhere.
+    return [piece.numpy().tobytes() for kind in kinds for piece in kind.flatten().split(32) if len(piece.unique()) > 6]
+
+
+@pytest.mark.parametrize("words", [(), ("--provenance", "none"), ("--epsilon", "3"), ("--provenance", "full")], ids=str)
+def test_nothing_written_holds_an_image_or_its_metadata(
+    words: tuple[str, ...], tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, rows = tell_tale_support(tiny_run, tmp_path / "telltale-folder")
+    out = tmp_path / "out"
+    for variable in ("HOME", "TMPDIR", "XDG_CACHE_HOME"):
+        (out / variable).mkdir(parents=True)
+        monkeypatch.setenv(variable, str(out / variable))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.chdir(out)
+    more = () if "--epsilon" in words else ("--explain", "--abstain-target", "0.8")
+    assert adapt(tiny_run, tmp_path / "telltale-folder", "a.safetensors", *words, *more) == 0
+    written = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert set(written) >= {"a.safetensors", "a.json", "a.md"}
+    if "a.png" in written:
+        with Image.open("a.png") as picture:
+            written["the picture's pixels"] = picture.tobytes()
+    for name, data in written.items():
+        assert not [row for row in rows if row in data], name
+    found = {word for word in told for data in written.values() if word in data}
+    assert found == ({b"telltale"} if "full" in words else set())
+    if "full" in words:
+        assert all(f"telltale-{n}.".encode() in written[name] for n in range(12) for name in ("a.safetensors", "a.md"))
+
+
+def test_the_search_for_pixels_would_find_them(tiny_run: Run) -> None:
+    path = tiny_run.support / "0" / "0.png"
+    rows = pixel_pieces(path)
+    for stored in (decode_image(path, 32), decode_image(path, 32).float().permute(1, 2, 0).contiguous() / 255):
+        assert sum(row in stored.numpy().tobytes() for row in rows) > 8
+
+
+def test_the_adapter_file_knows_its_images_again(tiny_run: Run) -> None:
+    assert adapt(tiny_run, tiny_run.support) == 0
+    origin = json.loads(Path("a.json").read_text())["provenance"]
+    assert len(origin["hashes"]) == 12
+    assert holds_image(origin, decode_image(tiny_run.support / "1" / "2.png", 32))
+    assert not holds_image(origin, 255 - decode_image(tiny_run.support / "1" / "2.png", 32))
+    assert "12 salted hashes" in Path("a.md").read_text()
+    assert adapt(tiny_run, tiny_run.support, "b.safetensors", "--provenance", "none") == 0
+    assert "hashes" not in json.loads(Path("b.json").read_text())["provenance"]
+    assert "names no image" in Path("b.md").read_text()
+
+
+def test_adapt_in_private(tiny_run: Run) -> None:
+    assert adapt(tiny_run, tiny_run.support, "a.safetensors", "--epsilon", "3", "--delta", "1e-4", "--clip", "0.5") == 0
+    card = json.loads(Path("a.json").read_text())
+    told = card["provenance"]["privacy"]
+    assert (told["epsilon"], told["delta"], told["clip"], told["steps"]) == (3.0, 1e-4, 0.5, 3)
+    assert told["epsilon_spent"] <= 3.0
+    assert told["noise_deviation"] == pytest.approx(2 * 0.5 * told["noise_multiplier"])
+    # None of what an ordinary adaptation tells of its images without noise.
+    assert (card["verdict"], card["expected_gain"], card["support_losses"]) == (None, None, [])
+    assert not {"hashes", "salt", "names", "abstention"} & set(card["provenance"])
+    assert "(3, 0.0001)-differential privacy" in Path("a.md").read_text()
+    assert len(predict(tiny_run, tiny_run.flat)) == 12
+    assert adapt(tiny_run, tiny_run.support, "b.safetensors", "--epsilon", "3", "--delta", "1e-4") == 0
+    assert Path("a.safetensors").read_bytes() != Path("b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--epsilon", "0"], "epsilon must be above 0"),
+        (["--epsilon", "inf"], "--epsilon inf promises nothing"),
+        (["--epsilon", "3", "--delta", "2"], "delta must lie between 0 and 1"),
+        (["--delta", "1e-5"], "--delta belongs to a private adaptation"),
+        (["--clip", "1"], "--clip belongs to a private adaptation"),
+        (["--epsilon", "3", "--explain"], "--explain looks at the images without noise"),
+        (["--epsilon", "3", "--abstain-target", "0.9"], "--abstain-target looks at the images without noise"),
+        (["--epsilon", "3", "--provenance", "hashes"], "--provenance hashes would tell which images"),
+    ],
+)
+def test_what_cannot_be_private_is_refused(
+    words: list[str], expected: str, tiny_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert adapt(tiny_run, tiny_run.support, "a.safetensors", *words) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert not Path("a.safetensors").exists()
+
+
+def test_private_adaptation_needs_labels_of_known_classes(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert adapt(tiny_run, tiny_run.flat, "a.safetensors", "--epsilon", "3") == 2
+    assert "a private adaptation needs labelled images" in capsys.readouterr().err
+    for name in ("0", "zebra"):
+        shutil.copytree(tiny_run.support / "1", Path("new") / name)
+    assert adapt(tiny_run, Path("new"), "a.safetensors", "--epsilon", "3") == 2
+    assert "class 'zebra' is new to the source domains" in capsys.readouterr().err

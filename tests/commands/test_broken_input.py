@@ -1,5 +1,6 @@
 """What a user gets wrong is answered in one line with the full key and the nearest right one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,14 +133,28 @@ def test_a_users_file_that_cannot_be_imported(tiny_config: Path, capsys: pytest.
     assert "has the name of another module (random); rename the file" in message(capsys, words)
 
 
-def test_a_file_that_is_no_image(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.fault(1, 3)
+def test_a_file_that_is_no_image(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     for domain in ("a", "b"):
-        for name in ("cat", "dog"):
+        for shade, name in enumerate(("cat", "dog")):
             folder = Path("images", domain, name)
             folder.mkdir(parents=True)
             for number in range(5):
-                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+                Image.new("RGB", (8, 8), (number, shade, ord(domain))).save(folder / f"{number}.png")
     Path("images/a/cat/0.png").write_text("no image")
-    edit = put("data", {"root": "images", "shots": 1, "eval_shots": [1], "queries": 1, "test_domains": ["b"]})
-    content = message(capsys, ["fit", "--config", broken(tiny_config, edit)])
-    assert "images/a/cat/0.png cannot be decoded" in content
+    data = {"root": "images", "shots": 1, "eval_shots": [1], "queries": 1, "shift_share": 0.0}
+    data |= {"steps_per_epoch": 1, "episodes_per_step": 1, "val_domains": ["b"], "val_episodes": 1, "batch_size": 4}
+    edited = broken(tiny_config, put("data", {**data, "strict_images": True}))
+    told = "a/cat/0.png, is no image of a known format"
+    assert told in message(capsys, ["fit", "--config", edited])
+    edited = broken(tiny_config, put("data", data))
+    assert main(["fit", "--config", edited, "--name", "on", "--trainer.max_epochs", "1"]) == 0
+    assert len([warning for warning in recwarn if told in str(warning.message)]) == 1
+    record = json.loads(Path("runs/on/version_0/images.json").read_text())
+    assert record["images"] == 19
+    assert [refused["image"] for refused in record["quarantined"]] == ["a/cat/0.png"]
+    for number in range(5):
+        Path(f"images/a/cat/{number}.png").write_text("no image")
+    assert "images/a/cat holds no good image; the first, a/cat/0.png" in message(capsys, ["fit", "--config", edited])

@@ -48,14 +48,15 @@ def test_more_draws_keep_the_first(digits: DigitsDomains) -> None:
         compared.manifest(digits, few).select(few.domains, few.shots, 5)
 
 
-def paint(root: Path, value: int = 0) -> DomainDataModule:
+def paint(root: Path, value: int = 1) -> DomainDataModule:
     """Write images, one of them of a value, and return a data module on them."""
     for domain in ("a", "b"):
         for name in ("cat", "dog"):
             folder = root / domain / name
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(3):
-                Image.fromarray(np.full((8, 8, 3), 40 * number, np.uint8)).save(folder / f"{number}.png")
+                shade = 40 * number + 5 * (name == "dog") + (domain == "b")
+                Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(folder / f"{number}.png")
     Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(root / "b" / "cat" / "0.png")
     small = {"shots": 1, "eval_shots": [1], "queries": 2, "test_episodes": 1, "image_size": 8}
     module = DomainDataModule(str(root), test_domains=["b"], **small)

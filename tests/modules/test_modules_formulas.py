@@ -220,3 +220,12 @@ def test_bias_shifts_biases_only(build: Build) -> None:
     changed = model.overlay(state, {unit.name: 1.0})
     assert set(changed) == {f"{site.name}.bias" for site in unit.sites}
     assert unit.cost.parameters == sum(tensor.numel() for tensor in changed.values())
+
+
+def test_full_unscaled_adds_its_change_as_it_is(build: Build) -> None:
+    model, state = build("test_vit", "full", scaled=False)
+    (unit,) = model.units
+    overlay, tensors = model.overlay(state, {unit.name: 1.0}), model.backbone.tensors()
+    for key, change in state.items():
+        name = ".".join(key.split("|")[1:])
+        assert torch.equal(overlay[name], tensors[name] + change)

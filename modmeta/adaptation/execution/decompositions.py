@@ -1,0 +1,86 @@
+"""Two operations that a compiler does badly on a CPU, in terms of others that it does well.
+
+Both let channels lie next to each other in memory, as the convolutions that follow want them. Measured on one core with
+the first block of the four-block network, 75 images of 28x28 pixels and 64 channels: the gradient of the pooling takes 2
+ms instead of 13 to 25, and what comes after the convolution no longer runs across memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+) -> Any:  # fmt: skip
+    """Return the convolution of images of one channel as a product of their patches and the kernels."""
+    if transposed or groups != 1 or not _plain(x, weight, stride, dilation):
+        return NotImplemented
+    height, width = (size + 2 * pad - kernel + 1 for size, pad, kernel in _sizes(x, weight, padding))
+    y = (_patches(x, weight, padding) @ weight.flatten(1).T).view(len(x), height, width, len(weight))
+    return (y if bias is None else y + bias).permute(0, 3, 1, 2)
+
+
+def convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    wanted: Sequence[bool],
+) -> Any:  # fmt: skip
+    """Return the gradient of such kernels."""
+    if transposed or groups != 1 or wanted[0] or not _plain(x, weight, stride, dilation):
+        return NotImplemented
+    rows = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
+    # Transposed at the end: the product itself is seven times slower the other way round.
+    own = (_patches(x, weight, padding).T @ rows).T.reshape(weight.shape) if wanted[1] else None
+    return None, own, rows.sum(0) if wanted[2] else None
+
+
+def max_pool2d_with_indices_backward(
+    gradient: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil: bool, indices: Tensor,
+) -> Any:  # fmt: skip
+    """Return the gradient of pooling in windows that do not overlap: every pixel looks at its own."""
+    kernel, stride = ([size] * 2 if len(size) == 1 else list(size) for size in (kernel, stride or kernel))
+    if x.ndim != 4 or stride != kernel or any(padding) or set(dilation) != {1} or ceil:
+        return NotImplemented
+    height, width = x.shape[2:]
+
+    def spread(pooled: Tensor, rest: int) -> Tensor:
+        many, channels, rows, columns = pooled.shape
+        own = pooled.permute(0, 2, 3, 1)[:, :, None, :, None, :]
+        own = own.expand(many, rows, kernel[0], columns, kernel[1], channels)
+        own = own.reshape(many, rows * kernel[0], columns * kernel[1], channels).permute(0, 3, 1, 2)
+        return F.pad(own, (0, width - own.shape[3], 0, height - own.shape[2]), value=rest)
+
+    places = torch.arange(height * width, device=x.device).view(height, width)
+    return torch.where(spread(indices, -1) == places, spread(gradient, 0), 0.0)
+
+
+def _plain(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    return x.ndim == 4 and weight.shape[1] == 1 and set(stride) == {1} and set(dilation) == {1}
+
+
+def _sizes(x: Tensor, weight: Tensor, padding: Sequence[int]) -> list[tuple[int, int, int]]:
+    pads = [padding[0], padding[-1]]
+    return list(zip(x.shape[2:], pads, weight.shape[2:], strict=True))
+
+
+def _patches(x: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
+    """Return what each position's kernel sees, ``(B * H * W, kernel area)``."""
+    (_, down, high), (_, across, wide) = _sizes(x, weight, padding)
+    padded = F.pad(x[:, 0], (across, across, down, down))
+    return padded.unfold(1, high, 1).unfold(2, wide, 1).reshape(-1, high * wide)
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    getattr(aten, function.__name__).default: function
+    for function in (convolution, convolution_backward, max_pool2d_with_indices_backward)
+}
