@@ -306,7 +306,12 @@ def main() -> int:
         own = list(run(harness, chosen, options.crashes, random_))
         foreign = list(run(harness, others, options.others, random_))
     head = f"seed {options.seed}, full disk {'faked' if disk is None else 'a small tmpfs'}"
-    text = f"{head}\n\n{table(own, chosen)}\n\nNot modmeta's:\n\n{table(foreign, others)}\n"
+    made = sum(crash.outcome != DONE for crash in own)
+    summary = (
+        f"{made} crashes of modmeta's writers in {len(own)} writes, {sum(bool(c.loss) for c in own)} with a loss, "
+        f"{time.perf_counter() - begin:.0f} s"
+    )
+    text = f"{summary}; {head}\n\n{table(own, chosen)}\n\nNot modmeta's:\n\n{table(foreign, others)}\n"
     write_atomically(options.out / "table.md", text.encode())
     rows = [vars(crash) for crash in [*own, *foreign]]
     write_atomically(options.out / "crashes.json", (json.dumps(rows, indent=1) + "\n").encode())
@@ -314,9 +319,6 @@ def main() -> int:
     for crash in own:
         if crash.loss:
             print(f"LOST: {crash}")
-    made = sum(crash.outcome != DONE for crash in own)
-    print(f"{made} crashes of modmeta's writers in {len(own)} writes, {sum(bool(c.loss) for c in own)} with a loss, "
-          f"{time.perf_counter() - begin:.0f} s")  # fmt: skip
     return int(any(crash.loss for crash in own))
 
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "test": "measure a checkpoint on the test episodes",
     "adapt": "adapt to the images of one folder and write an adapter file with its card",
     "predict": "classify the images of a folder with an adapter file",
+    "tune": "try settings of a configuration and keep the best as a configuration that fit takes",
+    "place": "search which adapter modules to put where, over a trained supernet of candidates",
     "export": "merge an adapter file into its backbone, for timm, torch.export or ONNX",
     "compare": "run any systems on the same frozen episodes and report their paired differences",
     "modules": "list the adapter modules and where they act on a backbone",
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        message = _user_message(error)
+        message = user_message(error)
         if message is None:
             raise
         rank = os.environ.get("LOCAL_RANK", "0")
@@ -108,7 +110,7 @@ def _overview() -> str:
     )
 
 
-def _user_message(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """Return the one line to show for an error that a user caused, or None for any other error."""
     for each in _chain(error):
         if isinstance(each, ModmetaError):

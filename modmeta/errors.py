@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -38,3 +39,29 @@ def unknown(noun: str, name: str, choices: Iterable[str], where: str = "") -> Mo
         advice = f"known: {shown}" if known else "none is known here"
     place = f" in {where}" if where else ""
     return ModmetaError(f"unknown {noun} {name!r}{place}; {advice}")
+
+
+def refuse_outside(
+    numbers: Mapping[str, float], low: float, high: float = math.inf, *, above: bool = False
+) -> None:
+    """Refuse arguments that are not finite or not in a range.
+
+    Args:
+        numbers: the arguments by their names.
+        low: the least that is allowed.
+        high: the most that is allowed.
+        above: whether ``low`` itself is not allowed.
+
+    Raises:
+        ModmetaError: naming the argument, its value and the range.
+    """
+    for name, value in numbers.items():
+        if math.isfinite(value) and low <= value <= high and not (above and value == low):
+            continue
+        if high < math.inf:
+            allowed = f"must lie in {low:g}..{high:g}" + (f", above {low:g}" if above else "")
+        elif low > -math.inf:
+            allowed = f"must be finite and above {low:g}" if above else f"must be finite and {low:g} or more"
+        else:
+            allowed = "must be finite"
+        raise ModmetaError(f"{name} {allowed}, got {value}")

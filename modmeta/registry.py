@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
-from typing import Any, Generic, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from modmeta.errors import ModmetaError, unknown
 
@@ -76,13 +77,18 @@ class Registry(Generic[T]):
             **options: what the user gives it.
 
         Raises:
-            ModmetaError: if the name or an option is unknown.
+            ModmetaError: if the name or an option is unknown, or its value of another type.
         """
         maker: Any = self.get(name)
         parameters = list(signature(maker).parameters)[len(arguments) :]
-        for option in options:
+        hints = get_type_hints(getattr(maker, "__init__", maker) if isinstance(maker, type) else maker)
+        for option, value in options.items():
             if option not in parameters:
                 raise unknown(f"option of {self.noun} {name!r}:", option, parameters)
+            hint = hints.get(option, Any)
+            if not suits(value, hint):
+                wanted = getattr(hint, "__name__", hint)
+                raise ModmetaError(f"option {option!r} of {self.noun} {name!r} is {value!r}; give {wanted}")
         return maker(*arguments, **options)
 
     def names(self) -> list[str]:
@@ -108,3 +114,13 @@ def _source(item: object) -> str:
 def _same_source(known: object, item: object) -> bool:
     # A notebook cell that is run again defines its class anew; that is an edit, not a clash.
     return _source(known) == _source(item)
+
+
+def suits(value: object, hint: Any) -> bool:
+    """Return whether a value of a configuration is of a type; types other than plain ones and unions of them pass."""
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if not all(each in (int, float, bool, str, NoneType) for each in types):
+        return True
+    if type(value) is int:
+        return int in types or float in types
+    return type(value) in types

@@ -25,10 +25,11 @@ ALLOWED = {
     "data": set(),
     "learners": {"adaptation", "adapters", "backbone", "data"},
     "evaluation": {"learners", "adaptation", "adapters", "backbone", "data"},
+    "search": {"learners", "adaptation", "adapters", "backbone", "data"},
     "monitoring": {"adaptation", "adapters", "backbone", "data"},
     "serving": {"adaptation", "adapters", "backbone", "__init__"},  # a host answers with the adapters' heads
     "commands": {
-        "cli", "evaluation", "serving", "learners", "adaptation", "adapters", "backbone", "data", "__init__",
+        "cli", "evaluation", "search", "serving", "learners", "adaptation", "adapters", "backbone", "data", "__init__",
     },
     "cli": {"commands", "__init__"},
     "__main__": {"cli"},

@@ -1,5 +1,6 @@
 """From a support set to an adapted model: heads, indicators, policy, inner loop, veto."""
 
+from modmeta.adaptation.attribute_head import AttributeHead
 from modmeta.adaptation.comparisons import (
     COMPARISONS,
     PAIR_LOSSES,
@@ -8,6 +9,7 @@ from modmeta.adaptation.comparisons import (
     register_comparison,
     register_pair_loss,
 )
+from modmeta.adaptation.compatibility import Compatibility
 from modmeta.adaptation.cost import backward_macs, backward_shares
 from modmeta.adaptation.descent import STEP_RULES, StepRule, descend
 from modmeta.adaptation.gradients import support_gradients
@@ -22,6 +24,7 @@ from modmeta.adaptation.indicators import (
 from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
+from modmeta.adaptation.signals import SIGNALS, Signal, SignalConfig, SignalMixture, register_signal
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms, running_statistics
 from modmeta.adaptation.support import Adapted, Support
 from modmeta.adaptation.track_record import TrackRecord, Trial
@@ -35,13 +38,16 @@ __all__ = [
     "INDICATORS",
     "PAIR_LOSSES",
     "PRIOR",
+    "SIGNALS",
     "STEP_RULES",
     "UPDATE_RULES",
     "Adapted",
     "Anchor",
+    "AttributeHead",
     "Classifier",
     "Compared",
     "Comparison",
+    "Compatibility",
     "DivergedError",
     "Head",
     "IndicatorSet",
@@ -49,6 +55,9 @@ __all__ = [
     "Plan",
     "Policy",
     "Situation",
+    "Signal",
+    "SignalConfig",
+    "SignalMixture",
     "SourceStatistics",
     "SourceView",
     "StepRule",
@@ -71,6 +80,7 @@ __all__ = [
     "register_head",
     "register_indicator",
     "register_pair_loss",
+    "register_signal",
     "running_statistics",
     "stratified_folds",
     "support_gradients",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modmeta.errors import ModmetaError
+from modmeta.errors import refuse_outside
 from modmeta.registry import Registry
 
 HEADS: Registry[Callable[..., Head]] = Registry("head")
@@ -56,15 +56,22 @@ class Anchor:
         weight: ``(D, C)`` on centred features of unit length; zero for classes that no source knows.
         known: ``(C,)`` bool, the classes that the sources know.
         center: ``(D,)`` mean feature of the sources.
+        offset: ``(C,)`` added to the scores of known classes; None is 0.
     """
 
     weight: Tensor
     known: Tensor
     center: Tensor
+    offset: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor:
+        """``(C,)``, added to the scores of known classes."""
+        return self.weight.new_zeros(self.weight.shape[1]) if self.offset is None else self.offset
 
     def classifier(self, scale: Tensor, center: Tensor | None = None) -> Classifier:
         """Return the source classifier as it is, or re-centred on a new domain's mean feature."""
-        bias = self.weight.new_zeros(self.weight.shape[1]).masked_fill(~self.known, -1.0)
+        bias = self.bias.masked_fill(~self.known, -1.0)
         return Classifier(self.weight, bias, self.center if center is None else center, scale, True)
 
 
@@ -117,8 +124,7 @@ class Head(nn.Module, ABC):
 
     def __init__(self, scale: float = 10.0, ridge: float = 1.0) -> None:
         super().__init__()
-        if scale <= 0 or ridge <= 0:
-            raise ModmetaError(f"head_options: scale and ridge must be above 0, got {scale} and {ridge}")
+        refuse_outside({"head_options.scale": scale, "head_options.ridge": ridge}, 0, above=True)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
 
@@ -239,22 +245,24 @@ class RidgeHead(Head):
     def fit_to(self, support: Labelled) -> Classifier:
         """Solve for the weights ``W0 + X^T (X X^T + lambda N)^-1 (Y - X W0)``."""
         x, center = support.centred()
-        start = self._start(x, support)
-        residual = support.one_hot - 1.0 / support.ways - x @ start
+        start, bias = self._start(x, support)
+        residual = support.one_hot - 1.0 / support.ways - x @ start - bias
         weight = start + x.T @ torch.linalg.solve(self._system(x, support), residual)
-        return Classifier(weight, weight.new_zeros(support.ways), center, self.log_scale.exp(), True)
+        return Classifier(weight, bias, center, self.log_scale.exp(), True)
 
     def held_out_of(self, support: Labelled) -> Tensor:
         """Return ``Y - e`` with ``e_i = [G R]_i / G_ii`` and ``G`` the inverse of the dual system."""
         x, _ = support.centred()
         targets = support.one_hot - 1.0 / support.ways
-        residual = targets - x @ self._start(x, support)
+        start, bias = self._start(x, support)
+        residual = targets - x @ start - bias
         inverse = torch.linalg.inv(self._system(x, support))
         errors = (inverse @ residual) / inverse.diagonal()[:, None]
         return self.log_scale.exp() * (targets - errors)
 
-    def _start(self, x: Tensor, support: Labelled) -> Tensor:
-        return x.new_zeros(x.shape[1], support.ways)
+    def _start(self, x: Tensor, support: Labelled) -> tuple[Tensor, Tensor]:
+        """Return weights ``(D, C)`` and a bias ``(C,)`` to start from; only the weights are corrected."""
+        return x.new_zeros(x.shape[1], support.ways), x.new_zeros(support.ways)
 
     def _system(self, x: Tensor, support: Labelled) -> Tensor:
         strength = self.log_ridge.exp() * (1.0 if support.ridge is None else support.ridge)
@@ -274,8 +282,9 @@ class AnchoredRidgeHead(RidgeHead):
 
     anchored = True
 
-    def _start(self, x: Tensor, support: Labelled) -> Tensor:
-        return super()._start(x, support) if support.anchor is None else support.anchor.weight
+    def _start(self, x: Tensor, support: Labelled) -> tuple[Tensor, Tensor]:
+        weight, bias = super()._start(x, support)
+        return (weight, bias) if support.anchor is None else (support.anchor.weight, bias)
 
 
 @register_head("mahalanobis")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 CANDIDATES = ("statistics", "plan/3", "plan")
 _FEATURES = 3  # forecast, evidence, logarithm of the shots
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, math.inf)
-_SAFE = 1e-3  # nats that acceptance may cost the worst domain
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class TrackRecord(nn.Module):
     the training domains, each hidden in turn. Its strength is the one that predicts best on a domain that it was not
     fitted to; where neither forecast nor evidence carries over to new domains, what remains is the mean.
 
-    The acceptance threshold is the smallest at which no domain would have lost: predictions, too, are by a fit that
-    did not see the domain.
+    The acceptance threshold is the smallest at which no domain would have lost, by more than the standard error of its
+    trials: predictions, too, are by a fit that did not see the domain.
     """
 
     center: Tensor
@@ -158,14 +157,19 @@ def _ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
 
 
 def _threshold(trials: Sequence[Trial], predicted: Tensor) -> float:
-    """Return the smallest threshold, from 0 up, at which what is accepted costs no domain more than a trifle."""
+    """Return the smallest threshold, from 0 up, at which no domain loses more than its standard error."""
     best, choice = predicted.max(1)
     realised = predicted.new_tensor(
         [trial.gains.get(CANDIDATES[pick], 0.0) for trial, pick in zip(trials, choice.tolist(), strict=True)]
     )
+    domains = [torch.tensor([t.domain == domain for t in trials]) for domain in {t.domain for t in trials}]
     for threshold in [0.0, *sorted(value for value in best.tolist() if value > 0.0)]:
         taken = torch.where(best > threshold, realised, torch.zeros_like(realised))
-        by_domain = {t.domain: torch.tensor([each.domain == t.domain for each in trials]) for t in trials}
-        if all(float(taken[own].mean()) >= -_SAFE for own in by_domain.values()):
+        if all(_is_no_loss(taken[own]) for own in domains):
             return threshold
     return max(0.0, float(best.max()))
+
+
+def _is_no_loss(gains: Tensor) -> bool:
+    error = float(gains.std(correction=1)) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return float(gains.mean()) >= -error

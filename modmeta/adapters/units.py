@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from modmeta.adapters.module import MODULES, AdapterModule, Cost
 from modmeta.backbone import Backbone, Selector, Site
 from modmeta.errors import ModmetaError, unknown
+from modmeta.registry import suits
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class UnitConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.gate <= 1.0:
             raise ModmetaError(f"units: gate of {self.module!r} must lie in 0..1, got {self.gate}")
-        if not self.rate > 0.0:
-            raise ModmetaError(f"units: rate of {self.module!r} must be above 0, got {self.rate}")
+        if not 0.0 < self.rate < math.inf:
+            raise ModmetaError(f"units: rate of {self.module!r} must be finite and above 0, got {self.rate}")
 
 
 @dataclass(frozen=True)
@@ -178,19 +179,9 @@ def _check_options(module: type[AdapterModule], config: UnitConfig) -> None:
         if option not in known:
             raise unknown(f"option of adapter module {config.module!r}:", option, known)
         hint = hints[option]
-        if not _is(value, hint):
+        if not suits(value, hint):
             wanted = getattr(hint, "__name__", hint)
             raise ModmetaError(f"units: option {option!r} of module {config.module!r} is {value!r}; give {wanted}")
     for option in required_options(module):
         if option not in config.options:
             raise ModmetaError(f"units: module {config.module!r} needs the option {option!r}")
-
-
-def _is(value: object, hint: Any) -> bool:
-    """Return whether a value of a configuration is of a type; types other than plain ones and unions of them pass."""
-    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if not all(each in (int, float, bool, str, NoneType) for each in types):
-        return True
-    if type(value) is int:
-        return int in types or float in types
-    return type(value) in types

@@ -74,7 +74,7 @@ def read_support(folder: Path, learner: MetaLearner, domain: str | None = None) 
     """Read labelled images from folders ``class/image``, or unlabelled ones from a flat folder.
 
     Raises:
-        ModmetaError: if the folder is missing, empty, both at once, or has a single class.
+        ModmetaError: if the folder is missing, empty, both at once, has a single class or one without images.
     """
     paths = find_images(folder)
     device, size = learner.device, learner.model.backbone.image_size
@@ -89,6 +89,9 @@ def read_support(folder: Path, learner: MetaLearner, domain: str | None = None) 
     if flat:
         return Support(images, None, learner.sources.classes, domain)
     classes = tuple(sorted({place[0] for place in places}))
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith(".") and path.name not in classes:
+            raise ModmetaError(f"the class folder {path} holds no image; put some into it, or remove it")
     if len(classes) < 2:
         raise ModmetaError(f"the support folder {folder} has one class, {classes[0]!r}; give two or more")
     labels = torch.tensor([classes.index(place[0]) for place in places], device=device)
@@ -139,7 +142,8 @@ def _set_budget(learner: MetaLearner, budget: float) -> None:
 
 
 def _without_labels(learner: MetaLearner, adapted: Adapted) -> str:
-    able = [unit.name for unit in learner.model.units if unit.reads and not unit.learns]
+    signals = bool(getattr(learner, "signals", ()))  # losses without labels, for units that learn
+    able = [unit.name for unit in learner.model.units if signals or (unit.reads and not unit.learns)]
     used = [unit.name for unit in learner.model.active(adapted.plan.gate_of())]
     return (
         "The images have no labels: only units that need none may act "

@@ -18,6 +18,7 @@ from modmeta.adapters.units import required_options
 from modmeta.backbone import KINDS, Backbone, Site
 from modmeta.commands.arguments import read_yaml
 from modmeta.commands.explain import explain_interpolation
+from modmeta.commands.interpolation import without_environment
 from modmeta.commands.plugins import import_files, resolve_file
 from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError, unknown
@@ -134,7 +135,8 @@ def _resolve(content: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(DomainDataModule).parameters.values()
     defaults = {"data": {parameter.name: parameter.default for parameter in parameters}}
     try:
-        resolved = OmegaConf.to_container(OmegaConf.merge(defaults, content), resolve=True)
+        with without_environment():
+            resolved = OmegaConf.to_container(OmegaConf.merge(defaults, content), resolve=True)
     except OmegaConfBaseException as error:
         raise explain_interpolation(error.full_key, str(error), ()) from error
     assert isinstance(resolved, dict)

@@ -66,6 +66,21 @@ class Arguments:
         return cls(front + ["--help" if word == "--help-all" else word for word in rest], _name(configs), resumed)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, int] = {}
+        for key, _ in node.value:
+            if key.value in first and isinstance(key, yaml.ScalarNode):
+                problem = f"the key {key.value} is given twice, here and in line {first[key.value]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                first[key.value] = key.start_mark.line + 1
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a configuration file.
 
@@ -85,7 +100,7 @@ def read_yaml(path: Path) -> Any:
         ModmetaError: if it is missing or no YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError as error:
         raise ModmetaError(f"config: the file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -76,6 +76,8 @@ def read_settings(words: list[str]) -> tuple[Comparison, dict[str, System], str 
     for name, system in named.items():
         parser.add_argument(f"--systems.{name}.system", type=str, default=system)
         parser.add_class_arguments(SYSTEMS.get(system), f"systems.{name}", instantiate=False)
+    if not named:
+        parser.add_argument("--systems", type=dict[str, Any], default={}, help="What is compared.")
     parsed = parser.parse_args(arguments.words)
     plain = parsed.as_dict()
     manifest, report_only = plain.pop("manifest"), plain.pop("report_only")

@@ -33,7 +33,7 @@ def explain(message: str, keys: Iterable[str]) -> ModmetaError:
         inner = re.search(r"Problem with given class_path '([^']+)': (.*)", text)
         if inner is None:
             break
-        cls = _loaded(inner[1])
+        cls = loaded_class(inner[1])
         # A configuration record is a plain mapping; any other class has its arguments under init_args.
         prefix = f"{key}." if is_dataclass(cls) else f"{key}.init_args."
         known += [prefix + name for name in argument_keys(cls)]
@@ -50,7 +50,7 @@ def explain_interpolation(key: str | None, what: str, keys: Iterable[str]) -> Mo
         keys: the full keys that exist.
     """
     report = " ".join(what.split()).partition(" full_key:")[0]
-    report = report.replace("KeyError raised while resolving interpolation: ", "").strip('"')
+    report = re.sub(r"^\w+ raised while resolving interpolation: ", "", report).strip('"')
     missing = re.search(r"Interpolation key '([^']+)' not found", report)
     close = nearest(missing[1], keys) if missing else None
     return ModmetaError(f"{key or 'config'}: {report}" + (f"; did you mean {close}?" if close else ""))
@@ -117,7 +117,8 @@ def _class_names() -> set[str]:
     return found
 
 
-def _loaded(path: str) -> Any:
+def loaded_class(path: str) -> Any:
+    """Return what a full path names, if its module is loaded."""
     module, _, name = path.rpartition(".")
     return getattr(sys.modules.get(module), name, None)
 

@@ -17,11 +17,13 @@ from modmeta.commands.image_record import ImageRecord
 from modmeta.commands.parser import BriefParser
 from modmeta.commands.quiet import quiet
 from modmeta.commands.resume import Resumed
-from modmeta.commands.run_folder import MetricsLogger, SavedConfig
+from modmeta.commands.run_folder import MetricsLogger, SavedConfig, refuse_unwritable
+from modmeta.commands.same_run import RunRecord, refuse_other_config
 from modmeta.data import DomainDataModule
-from modmeta.errors import ModmetaError
+from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.evaluation.results import print_results, write_results
 from modmeta.learners import AtomicCheckpointIO, MetaLearner, read_checkpoint
+from modmeta.learners.checkpoint import check
 from modmeta.learners.checkpoint_io import load_plain
 from modmeta.learners.interruption import Interruption
 
@@ -39,6 +41,9 @@ class CommandLine(LightningCLI):
 
     One flat set of keys serves ``fit``, ``validate`` and ``test``, so that each accepts what another saved.
     """
+
+    runs = Path(RUNS)
+    """The folder of all runs."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.default_name = arguments.name
@@ -68,6 +73,15 @@ class CommandLine(LightningCLI):
         add("--test_after_fit", type=bool, default=False, help="Test at the end of a fit.")
         add("--ckpt_path", type=str | None, default=None, help="Checkpoint to begin from or to measure.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and refuse what no type could."""
+        super().parse_arguments(parser, args)
+        seed, name = self.config["seed_everything"], self.config["name"]
+        if type(seed) is int:
+            refuse_outside({"seed_everything": seed}, 0, 2**32 - 1)
+        if name and (name in (".", "..") or not name.isprintable() or set(name) & set("/\\")):
+            raise ModmetaError(f"name: {name!r} is not the name of one folder; give one without slashes")
+
     def before_instantiate_classes(self) -> None:
         """Settle the run's name, so that the saved configuration has it."""
         self.config["name"] = self.config["name"] or self.default_name
@@ -77,7 +91,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with everything that it writes in one folder unless the user says otherwise."""
         given = self.config_init["trainer"]
-        folder = Path(RUNS, self.config["name"]) if self.resumed is None else self.resumed.folder.parent
+        folder = Path(self.runs, self.config["name"]) if self.resumed is None else self.resumed.folder.parent
         if given["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(folder)
         if given["logger"] in (None, True):
@@ -111,9 +125,8 @@ def run(command: str, words: list[str]) -> int:
     quiet()
     fits = command == "fit"
     cli = CommandLine(Arguments.parse(words, beside_checkpoint=not fits, may_resume=fits))
-    checkpoint = cli.config["ckpt_path"] if cli.resumed is None else str(cli.resumed.checkpoint)
-    _check_checkpoint(checkpoint, cli.model)
-    if command == "fit":
+    checkpoint = starting_point(cli, fits)
+    if fits:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if not cli.config["test_after_fit"]:
             _announce(cli.trainer)
@@ -133,6 +146,27 @@ def run(command: str, words: list[str]) -> int:
     return 0
 
 
+def starting_point(cli: CommandLine, fits: bool) -> str | None:
+    """Return the checkpoint to start from, if there is one, and refuse one that is not for this configuration.
+
+    Args:
+        cli: the command line; what is to be trained is prepared to be compared with its checkpoints.
+        fits: whether it is to be trained, or measured.
+    """
+    checkpoint: str | None = cli.config["ckpt_path"] if cli.resumed is None else str(cli.resumed.checkpoint)
+    found = _read(checkpoint, cli.model)
+    if fits:
+        config = cli.parser.dump(cli.config, skip_none=False)
+        if found is not None:
+            refuse_other_config(found, config)
+        cli.trainer.callbacks.insert(0, RunRecord(config, found))  # type: ignore[attr-defined]
+        if not _is_trial(cli.trainer):
+            refuse_unwritable(Path(cli.trainer.default_root_dir))
+    if found is not None and isinstance(cli.model, MetaLearner):
+        check(found["modmeta"], cli.model, weights=True)
+    return checkpoint
+
+
 def _last_epoch() -> ModelCheckpoint:
     # One file that always holds the last finished epoch: a run that diverges leaves a good one behind.
     return ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
@@ -146,13 +180,12 @@ def _loggers(folder: Path, resumed: Resumed | None) -> list[Logger]:
     return [metrics, TensorBoardLogger(folder.parent, folder.name, version=metrics.version, purge_step=steps)]
 
 
-def _check_checkpoint(path: str | None, model: LightningModule) -> None:
-    if path is None or path in _KEYWORDS:
-        return
-    if isinstance(model, MetaLearner):
-        read_checkpoint(path)
-    else:
-        load_plain(path)
+def _read(path: str | None, model: LightningModule) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    if path in _KEYWORDS:
+        raise ModmetaError(f"ckpt_path: {path} names no file; give one, or go on with a fit by --resume auto")
+    return read_checkpoint(path) if isinstance(model, MetaLearner) else load_plain(path)
 
 
 def _report(trainer: Trainer, learner: MetaLearner) -> None:

@@ -33,6 +33,8 @@ A run's own config.yaml is accepted by fit, validate and test alike."""
 _RESUME = """\
   --resume auto            go on with the run NAME in its folder, from its newest valid checkpoint, if it has any
   --resume PATH            go on with another run: one of its checkpoints, or its folder
+                           (configuration, data and backbone must be those of the run; lengths, devices and paths may
+                           change)
 """
 
 _SUMMARIES = {
@@ -231,8 +233,44 @@ def check_parser() -> OneLineParser:
     return parser
 
 
+def tune_parser() -> OneLineParser:
+    """Return the parser of ``tune``."""
+    parser = _parser("tune", "Try settings of a fit configuration, each in a fit of its own, and keep the best one.")
+    parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the configuration of a fit")
+    parser.add_argument(
+        "--space", required=True, metavar="FILE.yaml",
+        help="dotted keys of the configuration, each with {low: A, high: B}, and log: true or step: S if wanted, or a "
+        "list of choices; see docs/search.md",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trials", type=int, default=20, metavar="N", help="fits in all; a study that has fewer goes on; default: 20"
+    )
+    parser.add_argument(
+        "--metric", default="val/gain", metavar="NAME", help="what validation logs, to go by; default: val/gain"
+    )
+    parser.add_argument("--direction", choices=("maximize", "minimize"), default="maximize", help="default: maximize")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what to try; default: 0")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder of the study")
+    return parser
+
+
+def place_parser() -> OneLineParser:
+    """Return the parser of ``place``."""
+    parser = _parser("place", "Search which of a trained supernet's candidate modules to put where.")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE.ckpt", help="of a fit of a SupernetLearner")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml",
+        help="settings of the search: population, generations, budget, seed, data, ...; see docs/search.md",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FILE.yaml", help="the units found, as a fit takes them")
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], OneLineParser]] = {
     "check": check_parser,
+    "tune": tune_parser,
+    "place": place_parser,
     "adapt": adapt_parser,
     "predict": predict_parser,
     "export": export_parser,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ class SavedConfig(SaveConfigCallback):
             text = self.parser.dump(self.config, skip_none=False)
             write_atomically(Path(folder, self.config_filename), text.encode())
         self.already_saved = True
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done.
+
+    Raises:
+        ModmetaError: naming what is in the way.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ModmetaError(f"cannot make the run folder {folder} ({nearest} is a file); work in another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ModmetaError(f"cannot make the run folder {folder} ({nearest} is read-only); work in another one")
 
 
 class _MetricsWriter(ExperimentWriter):

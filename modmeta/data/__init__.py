@@ -1,5 +1,6 @@
 """Images, domains, episodes and simulated shifts."""
 
+from modmeta.data.attributes import ClassAttributes, read_attributes
 from modmeta.data.cache import RowCache
 from modmeta.data.datamodule import DomainDataModule
 from modmeta.data.digits import DigitsDomains
@@ -10,6 +11,7 @@ from modmeta.data.shifts import SHIFTS, apply_shift, register_shift
 
 __all__ = (
     "SHIFTS",
+    "ClassAttributes",
     "DigitsDomains",
     "DomainDataModule",
     "DomainFolder",
@@ -18,5 +20,6 @@ __all__ = (
     "RowCache",
     "SourceBatch",
     "apply_shift",
+    "read_attributes",
     "register_shift",
 )

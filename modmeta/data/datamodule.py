@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lightning import LightningDataModule
 from torch import Tensor
@@ -23,7 +24,7 @@ from modmeta.data.sampler import (
 )
 from modmeta.data.shifts import SHIFTS
 from modmeta.data.source import SourceImages
-from modmeta.data.splits import Pool, Side, check_pool, share_pool, split_store
+from modmeta.data.splits import MIXED, Pool, Side, check_pool, mix_pool, share_pool, split_store
 from modmeta.errors import ModmetaError, unknown
 
 HELD_OUT_SHIFTS = ("hue", "invert", "motion_blur", "pixelate", "fog")
@@ -44,15 +45,21 @@ class DomainDataModule(LightningDataModule):
         own_classes: whether classes of the same name in two domains are two classes, as the first characters of two
             alphabets are; default: domains share classes by name.
         rotations: whether each class, turned by 90, 180 and 270 degrees, gives three more classes.
+        mix_domains: whether an episode draws its classes from all domains of its split, as one domain called ``mixed``,
+            from which no source domain is hidden; default: from one domain.
         train_domains: default: every domain that is neither for validation nor for test.
         val_domains: default: validate on the training domains under simulated shifts of held-out families.
         test_domains: the domains to test on.
         val_classes: classes that occur in validation only; default: the training classes.
         test_classes: classes that occur in the test only; default: the training classes.
+        test_seen_classes: whether test episodes hold the training classes beside ``test_classes``, in test domains
+            that training leaves out: generalised zero-shot and few-shot learning.
         image_size: side of the square images in pixels.
         ways: classes per episode, or a range to draw from; default: all.
+        eval_ways: the same for validation and test; default: ``ways``.
         shots: support images per class in training; a range is drawn from log-uniformly.
-        eval_shots: the numbers of support images per class to validate and test with.
+        eval_shots: the numbers of support images per class to validate and test with; 0 for a learner that needs
+            none.
         queries: query images per class.
         episodes_per_step: training episodes in one step, over all devices.
         steps_per_epoch: steps in a training epoch.
@@ -68,6 +75,9 @@ class DomainDataModule(LightningDataModule):
         strict_images: whether a single image that cannot be used is an error; default: it is left out,
             named in a warning and listed in ``store.quarantined``.
         seed: fixes every draw.
+
+    Raises:
+        ModmetaError: for numbers out of range and unknown shifts.
     """
 
     store: ImageStore
@@ -81,13 +91,16 @@ class DomainDataModule(LightningDataModule):
         root: str = "digits",
         own_classes: bool = False,
         rotations: bool = False,
+        mix_domains: bool = False,
         train_domains: list[str] | None = None,
         val_domains: list[str] | None = None,
         test_domains: list[str] | None = None,
         val_classes: list[str] | None = None,
         test_classes: list[str] | None = None,
+        test_seen_classes: bool = False,
         image_size: int = 32,
         ways: int | tuple[int, int] | None = None,
+        eval_ways: int | tuple[int, int] | None = None,
         shots: int | tuple[int, int] = (1, 10),
         eval_shots: Sequence[int] = (1, 5, 10),
         queries: int = 10,
@@ -106,26 +119,33 @@ class DomainDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self._check_numbers()
+        for family in held_out_shifts:
+            if family not in SHIFTS:
+                raise unknown("shift", family, SHIFTS.names(), "held_out_shifts")
         self._draws: dict[str, EpisodeDraw] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read the image collection and check that everything that was asked for can be drawn.
 
         Raises:
-            ModmetaError: for unknown names, overlapping splits, too few classes or images, and numbers
-                out of range.
+            ModmetaError: for unknown names, overlapping splits, too few classes or images, and a learner that cannot
+                do without the images that are left out.
         """
         hparams = self.hparams
-        self._check_numbers()
-        for family in hparams["held_out_shifts"]:
-            if family not in SHIFTS:
-                raise unknown("shift", family, SHIFTS.names(), "held_out_shifts")
+        learner = getattr(self.trainer, "lightning_module", None)
+        if learner is not None and 0 in hparams["eval_shots"] and not getattr(learner, "zero_shot", False):
+            raise ModmetaError(
+                f"eval_shots={hparams['eval_shots']}: a {type(learner).__name__} needs images of every class; leave out "
+                f"0, or take a ZeroShotLearner"
+            )
         if not hasattr(self, "store"):
             self.store = self._open_store()
         sides = split_store(
             self.store,
             {side: hparams[f"{side}_domains"] for side in ("train", "val", "test")},
             {side: hparams[f"{side}_classes"] for side in ("val", "test")},
+            hparams["test_seen_classes"],
         )
         if stage == "test" and not sides["test"].domains:
             raise ModmetaError("there is nothing to test on; name test_domains or test_classes")
@@ -136,6 +156,8 @@ class DomainDataModule(LightningDataModule):
         self.classes = tuple(name for name in sides["train"].classes if name in present)
         self._source = SourceImages(self.store, source_pool, self.classes, hparams["batch_size"], seed)
         self._draws = self._make_draws(sides, train_pool)
+        if hparams["mix_domains"]:
+            self.val_domains, self.test_domains = (MIXED,), (MIXED,) if self.test_domains else ()
 
     def episode(self, split: str, index: int) -> Episode:
         """Return an episode, the same one for the same seed, split and index.
@@ -212,11 +234,19 @@ class DomainDataModule(LightningDataModule):
         if hparams["root"] == "digits":
             store = DigitsDomains(hparams["image_size"])
         else:
+            self._refuse_unknown_domains(Path(hparams["root"]))
             folder = hparams["root"], hparams["image_size"], hparams["cache_dir"], hparams["strict_images"]
             store = DomainFolder(*folder)
         if hparams["own_classes"]:
             store = OwnClasses(store)
         return RotatedClasses(store) if hparams["rotations"] else store
+
+    def _refuse_unknown_domains(self, root: Path) -> None:
+        """Refuse domains that have no folder, before thousands of images are looked at."""
+        for where in ("train_domains", "val_domains", "test_domains"):
+            for name in self.hparams[where] or ():
+                if root.is_dir() and not (root / name).is_dir():
+                    raise unknown("domain", name, [each.name for each in root.iterdir() if each.is_dir()], where)
 
     def _make_draws(self, sides: dict[str, Side], train_pool: Pool) -> dict[str, EpisodeDraw]:
         hparams = self.hparams
@@ -225,14 +255,17 @@ class DomainDataModule(LightningDataModule):
         queries, seed, most = hparams["queries"], hparams["seed"], max(hparams["eval_shots"])
         held_out = tuple(hparams["held_out_shifts"])
         used = tuple(name for name in SHIFTS.names() if name not in held_out)
+        mix = mix_pool if hparams["mix_domains"] else _as_it_is
+        train_pool = mix(train_pool)
         check_pool("train", train_pool, ways, shots[1], queries)
         draws: dict[str, EpisodeDraw] = {
             "train": TrainingEpisodes(self.store, train_pool, ways, queries, used, hparams["shift_share"], seed, shots)
         }
+        ways = _range(hparams["eval_ways"]) or ways
         for side in (sides["val"], sides["test"]):
             simulated = side.name == "val" and not hparams["val_domains"]
             same_images = side.classes == sides["train"].classes and side.domains == sides["train"].domains
-            pool = train_pool if same_images else side.pool(self.store)
+            pool = train_pool if same_images else mix(side.pool(self.store))
             check_pool(side.name, pool, ways, most, queries)
             if pool:
                 draws[side.name] = EvaluationEpisodes(
@@ -250,16 +283,20 @@ class DomainDataModule(LightningDataModule):
         for name, bound in least.items():
             if hparams[name] < bound:
                 raise ModmetaError(f"{name}={hparams[name]} is too small; it must be {bound} or more")
-        for name, bound in (("ways", 2), ("shots", 1)):
+        for name, bound in (("ways", 2), ("eval_ways", 2), ("shots", 1)):
             limits = _range(hparams[name])
             if limits is not None and not bound <= limits[0] <= limits[1]:
                 raise ModmetaError(f"{name}={hparams[name]} is no range; give LOW <= HIGH, from {bound} up")
-        if not hparams["eval_shots"] or min(hparams["eval_shots"]) < 1:
-            raise ModmetaError(f"eval_shots={hparams['eval_shots']} must hold numbers from 1 up")
+        if not hparams["eval_shots"] or min(hparams["eval_shots"]) < 0:
+            raise ModmetaError(f"eval_shots={hparams['eval_shots']} must hold numbers from 1 up, or 0 for no images")
         if not 0 < hparams["source_share"] <= 1:
             raise ModmetaError(f"source_share={hparams['source_share']} must lie above 0 and not above 1")
         if not 0 <= hparams["shift_share"] <= 1:
             raise ModmetaError(f"shift_share={hparams['shift_share']} must lie in 0..1")
+
+
+def _as_it_is(pool: Pool) -> Pool:
+    return pool
 
 
 def _range(value: int | Sequence[int] | None) -> tuple[int, int] | None:

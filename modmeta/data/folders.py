@@ -68,7 +68,8 @@ class DomainFolder(ImageStore):
         path = None if cache_dir is None else Path(cache_dir) / f"images-{key[:16]}"
         cache = RowCache(path, len(files), (3, image_size, image_size), torch.uint8)
         self._cache = None if path is None and cache.nbytes > MEMORY_LIMIT else cache
-        screened = screen(self._inspect(files, image_size, None if cache_dir is None else Path(cache_dir)))
+        inspected = self._inspect(files, image_size, None if cache_dir is None else Path(cache_dir))
+        screened = screen(inspected)
         if strict and screened.quarantined:
             raise ModmetaError(f"{_told(screened.quarantined[0])}; remove or fix it, or drop strict_images")
         self.quarantined, self.copies = screened.quarantined, screened.copies
@@ -86,6 +87,7 @@ class DomainFolder(ImageStore):
             np.array([class_index[file.class_name] for file in used]),
             image_size,
             key if len(used) == len(files) else hashlib.sha256(f"{key} {screened.kept}".encode()).hexdigest(),
+            _content([inspected[place] for place in screened.kept], image_size),
         )
         self._names = [file.relative for file in files]
         self._places = torch.tensor(screened.kept)  # of the rows, in the scan and in the cache
@@ -184,4 +186,11 @@ def _key(files: Sequence[ImageFile], image_size: int) -> str:
     for file in files:
         digest.update(b"\0" + os.fsencode(file.relative))
         digest.update(b"\0%d\0%d" % (file.size, file.changed_ns))
+    return digest.hexdigest()
+
+
+def _content(inspected: Sequence[Inspection], image_size: int) -> str:
+    digest = hashlib.sha256(f"{decode.VERSION} {image_size}".encode())
+    for each in inspected:
+        digest.update(b"\0" + os.fsencode(each.relative) + b"\0" + str(each.bytes_sha256).encode())
     return digest.hexdigest()

@@ -28,6 +28,8 @@ class ImageStore(ABC):
         row_classes: ``(N,)``, for each row an index into ``classes``.
         image_size: side of the square images, in pixels.
         key: changes whenever any row's pixels may have changed; names caches.
+        content: changes only when a row's name or pixels have changed, wherever and whenever they were written;
+            default: ``key``.
     """
 
     quarantined: tuple[Inspection, ...] = ()
@@ -40,6 +42,7 @@ class ImageStore(ABC):
         row_classes: np.ndarray,
         image_size: int,
         key: str,
+        content: str | None = None,
     ) -> None:
         self.domains = tuple(domains)
         self.classes = tuple(classes)
@@ -47,6 +50,7 @@ class ImageStore(ABC):
         self.row_classes = np.asarray(row_classes, dtype=np.int64)
         self.image_size = image_size
         self.key = key
+        self.content = key if content is None else content
         cell = self.row_domains * len(self.classes) + self.row_classes
         order = np.argsort(cell, kind="stable")
         bounds = np.searchsorted(cell[order], np.arange(len(self.domains) * len(self.classes) + 1))

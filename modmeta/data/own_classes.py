@@ -31,6 +31,7 @@ class OwnClasses(ImageStore):
             [index[pair] for pair in names],
             store.image_size,
             store.key,
+            store.content,
         )
         self.store = store
         self.quarantined = store.quarantined

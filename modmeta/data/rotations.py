@@ -31,6 +31,7 @@ class RotatedClasses(ImageStore):
             np.concatenate([store.row_classes + turn * count for turn in range(TURNS)]),
             store.image_size,
             f"{store.key}-rotated",
+            f"{store.content}-rotated",
         )
         self.store = store
         self.quarantined = store.quarantined

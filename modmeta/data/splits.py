@@ -13,6 +13,7 @@ from modmeta.data.seeding import rng
 from modmeta.errors import ModmetaError, unknown
 
 Pool = Mapping[str, Mapping[str, np.ndarray]]  # domain -> class -> rows of the image store
+MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def split_store(
     store: ImageStore,
     domains: Mapping[str, Sequence[str] | None],
     classes: Mapping[str, Sequence[str] | None],
+    seen_in_test: bool = False,
 ) -> dict[str, Side]:
     """Resolve what a user wrote about domains and classes.
 
@@ -44,6 +46,7 @@ def split_store(
         domains: for ``train``, ``val`` and ``test`` the domains asked for; None or nothing for
             ``train`` means those that the others do not name.
         classes: for ``val`` and ``test`` the classes that never occur in training, if any.
+        seen_in_test: whether a test on new classes holds the training classes, too.
 
     Returns:
         The three sides. Validation without domains is on the training domains; so is a test on new
@@ -63,10 +66,14 @@ def split_store(
     if not old:
         raise ModmetaError("val_classes and test_classes leave no class for training; leave some out")
     test = chosen["test"] or (train if held_out["test"] else ())
+    if seen_in_test and not (chosen["test"] and held_out["test"]):
+        # In the training domains, images of the training classes were trained on.
+        raise ModmetaError("test_seen_classes asks for test_classes, and for test_domains of their own; name both")
+    test_classes = tuple(name for name in store.classes if name in held_out["test"] or (seen_in_test and name in old))
     return {
         "train": Side("train", train, old),
         "val": Side("val", chosen["val"] or train, held_out["val"] or old),
-        "test": Side("test", test, held_out["test"] or old),
+        "test": Side("test", test, test_classes or old),
     }
 
 
@@ -86,6 +93,15 @@ def share_pool(pool: Pool, share: float, seed: int) -> tuple[Pool, Pool]:
             source[domain][name] = shuffled[:count]
             rest[domain][name] = rows if share == 1 else np.sort(shuffled[count:])
     return source, rest
+
+
+def mix_pool(pool: Pool) -> Pool:
+    """Return the one domain ``mixed`` of everything in a pool; classes of one name become one class."""
+    rows: dict[str, list[np.ndarray]] = {}
+    for by_class in pool.values():
+        for name, own in by_class.items():
+            rows.setdefault(name, []).append(own)
+    return {MIXED: {name: np.concatenate(parts) for name, parts in rows.items()}} if rows else {}
 
 
 def check_pool(side: str, pool: Pool, ways: tuple[int, int] | None, shots: int, queries: int) -> None:

@@ -32,9 +32,11 @@ def write_results(path: str | Path, results: Sequence[Result]) -> None:
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """Print one row per domain and number of shots."""
+    """Print one row per domain and number of shots, and the figures on seen and unseen classes where there are some."""
     if results:
         console().print(results_table(results))
+    if any(result.metric == "harmonic_mean" for result in results):
+        console().print(seen_unseen_table(results))
 
 
 def results_table(results: Sequence[Result]) -> Table:
@@ -60,6 +62,24 @@ def results_table(results: Sequence[Result]) -> Table:
             _number(figures.get(("adapted", "seconds"))),
             str(next(iter(figures.values())).episodes),
         )
+    return table
+
+
+def seen_unseen_table(results: Sequence[Result]) -> Table:
+    """Return the table of accuracies on classes with and without source images, per system."""
+    table = Table(title="accuracy on seen and unseen classes in %", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("domain", "shots", "system", "seen", "unseen", "harmonic mean\n[95 % interval]"):
+        left = heading in ("domain", "system")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    rows: dict[tuple[str, int, str], dict[str, Result]] = {}
+    for result in results:
+        rows.setdefault((result.domain, result.shots, result.system), {})[result.metric] = result
+    for (domain, shots, system), figures in rows.items():
+        mean = figures.get("harmonic_mean")
+        if mean is not None:
+            interval = f"{_percent(mean)} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]"
+            sides = (_percent(figures.get(name)) for name in ("seen_accuracy", "unseen_accuracy"))
+            table.add_row(domain, str(shots), system, *sides, interval)
     return table
 
 

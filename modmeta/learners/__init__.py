@@ -1,5 +1,6 @@
 """LightningModules that meta-train something over episodes."""
 
+from modmeta.learners.alignment import ALIGNMENTS, AlignmentConfig
 from modmeta.learners.amortized import AmortizedLearner
 from modmeta.learners.base import MetaLearner
 from modmeta.learners.checkpoint_io import AtomicCheckpointIO
@@ -11,8 +12,12 @@ from modmeta.learners.metrics import EpisodeMetrics, Result
 from modmeta.learners.modular import ModularMetaLearner
 from modmeta.learners.reptile import ReptileLearner
 from modmeta.learners.source import BackboneConfig, SourceConfig, SourceLearner
+from modmeta.learners.zero_shot import ZeroShotLearner
+from modmeta.learners.supernet import SupernetLearner
 
 __all__ = [
+    "ALIGNMENTS",
+    "AlignmentConfig",
     "AmortizedLearner",
     "AtomicCheckpointIO",
     "BackboneConfig",
@@ -26,6 +31,8 @@ __all__ = [
     "Result",
     "SourceConfig",
     "SourceLearner",
+    "ZeroShotLearner",
+    "SupernetLearner",
     "load_learner",
     "read_checkpoint",
 ]

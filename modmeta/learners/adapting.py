@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from modmeta.adaptation import (
     IndicatorSet,
     Plan,
     Policy,
+    SignalMixture,
     Situation,
     Support,
     TrackRecord,
@@ -51,6 +53,7 @@ class PolicyAdaptation(MetaLearner):
     veto_folds: int
     veto_caution: float
     record: TrackRecord
+    signals: SignalMixture
     backward_shares: dict[str, float]
     _norm_sites: list[Site]
 
@@ -138,7 +141,7 @@ class PolicyAdaptation(MetaLearner):
         if not torch.isfinite(torch.cat([plan.gates, plan.rates.flatten()])).all():
             raise DivergedError("the policy's plan is not finite")
         plan = plan.within(situation.budget, self.backward_shares)
-        if situation.labels is None:
+        if situation.labels is None and not self.signals:
             plan = plan.keeping(self._reading())
         return replace(plan, rates=self.rule(plan))
 
@@ -154,24 +157,37 @@ class PolicyAdaptation(MetaLearner):
             the adapted state, and the support loss before every step.
         """
         initial = self._initial(plan, support)
-        loss = None
-        if support.labels is not None:
-            ridge = plan.ridge.detach()
-
-            def loss(features: Tensor) -> Tensor:
-                return self.inner_loss(features, support, ridge).mean()
-
+        images = self.signals.images(support.images)
+        if statistics is None and len(images) > len(support.images):
+            statistics = read_statistics(self.model, initial, plan, support.images)  # views are no images of the domain
         return inner_loop(
             self.model,
             initial,
             plan,
-            support.images,
-            loss,
+            images,
+            self._objective(support, plan.ridge.detach()),
             statistics=statistics,
             rule=self.rule,
             second_order=self.second_order,
             trust=self.trust,
         )
+
+    def _objective(self, support: Support, ridge: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return what the steps descend, from features of images and views to a scalar; None if there is nothing."""
+        if support.labels is None and not self.signals:
+            return None
+
+        def objective(features: Tensor) -> Tensor:
+            own = features[: len(support.images)]
+            labelled = support.labels is not None
+            loss = self.inner_loss(own, support, ridge).mean() if labelled else own.new_zeros(())
+            if not self.signals:
+                return loss
+            classifier = self.fit_head(own, support, ridge=ridge)
+            logits = self.held_out_logits(own, support, ridge) if labelled else classifier(own)
+            return loss + self.signals.loss(features, logits, classifier)
+
+        return objective
 
     def _initial(self, plan: Plan, support: Support) -> State:
         initial = self.bank.initial()

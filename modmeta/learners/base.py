@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from modmeta.adaptation import DivergedError
 from modmeta.data import Episode, ImageStore, SourceBatch
 from modmeta.data.seeding import seed_global
 from modmeta.errors import ModmetaError
-from modmeta.learners.checkpoint import check, describe, plain
+from modmeta.learners.checkpoint import check, check_shapes, describe, plain
 from modmeta.learners.feature_cache import FeatureCache
 from modmeta.learners.measuring import EpisodeMeasuring, episode_support
 from modmeta.learners.out_of_memory import gradient_within_memory, ran_out_of_memory
@@ -87,8 +87,9 @@ class MetaLearner(EpisodeMeasuring):
         """Make what needs the data module: the source classifier and the feature cache."""
         trains_backbone = bool(self.source.epochs) and stage == "fit"
         if trains_backbone and self.phase is None:
-            classes = len(datamodule_of(self).classes)
-            self.phase = SourcePhase(self.source, self.model.backbone.own_dim, classes)
+            data = datamodule_of(self)
+            own_dim = self.model.backbone.own_dim
+            self.phase = SourcePhase(self.source, own_dim, len(data.classes), len(data.train_domains))
         if not trains_backbone:  # otherwise there is nothing frozen to keep yet
             self._open_cache()
 
@@ -293,3 +294,12 @@ class MetaLearner(EpisodeMeasuring):
                 del checkpoint["state_dict"][key]
         elif "source_accuracy" in checkpoint:
             restore_metric(self.phase.accuracy, checkpoint["source_accuracy"], first=self.trainer.is_global_zero)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take tensors, as of any module.
+
+        Raises:
+            ModmetaError: naming the first tensor of another shape.
+        """
+        check_shapes(state_dict, self)
+        return super().load_state_dict(state_dict, *args, **kwargs)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from modmeta import __version__
 from modmeta.errors import ModmetaError
 from modmeta.learners.parts import LearnerParts
@@ -45,6 +47,22 @@ def check(found: Mapping[str, Any] | None, learner: LearnerParts, *, weights: bo
     for key, noun in compared.items():
         if found[key] != ours[key]:
             raise ModmetaError(f"the checkpoint is for another {noun}: it has {found[key]}, this model {ours[key]}")
+
+
+def check_shapes(state: Mapping[str, Any], learner: LearnerParts) -> None:
+    """Refuse tensors of other shapes than the learner's own of the same names.
+
+    Raises:
+        ModmetaError: naming the first such tensor, its shape and the one that was expected.
+    """
+    own = learner.state_dict()
+    for name, tensor in state.items():
+        expected = own.get(name)
+        if isinstance(tensor, Tensor) and isinstance(expected, Tensor) and tensor.shape != expected.shape:
+            raise ModmetaError(
+                f"the checkpoint does not fit the model: tensor {name} has the shape {tuple(tensor.shape)} there, and "
+                f"{tuple(expected.shape)} here; give the options that the fit had"
+            )
 
 
 def plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from modmeta.adapters import UnitConfig
 from modmeta.adapters.adapted import bind
 from modmeta.backbone import second_order_safe
 from modmeta.data import Episode
-from modmeta.errors import ModmetaError
+from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.learners.source import BackboneConfig, SourceConfig
 from modmeta.learners.task_loss import WEIGHT, TaskLossLearner
 
@@ -90,6 +90,7 @@ class GradientLearner(TaskLossLearner):
         )  # fmt: skip
         if order not in (1, 2):
             raise ModmetaError(f"order must be 1 or 2, got {order}")
+        refuse_outside({"multi_step_epochs": multi_step_epochs}, 0)
         if multi_step_epochs and steps == 1:
             raise ModmetaError("multi_step_epochs weighs the losses after several steps; set steps to 2 or more")
         if rule == "meta_sgd" and self.linear is None and WEIGHT in self.moving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ def load_learner(path: str | Path) -> MetaLearner:
     arguments["backbone"] = {**arguments["backbone"], "pretrained": False}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(known[name])
-    built = parser.instantiate_classes(parser.parse_object(arguments))
+    try:
+        built = parser.instantiate_classes(parser.parse_object(arguments))
+    except (ArgumentError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModmetaError(f"checkpoint {path} holds arguments that {name} refuses ({reason}); fit again") from error
     learner = known[name](**vars(built))
     learner.from_checkpoint = True
     try:

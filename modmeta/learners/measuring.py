@@ -98,9 +98,13 @@ class EpisodeMeasuring(LearnerParts):
         with torch.inference_mode(False), torch.no_grad():
             for inference in episodes:
                 episode = _normal(inference)
+                where = f"episode {episode.index}, domain {episode.domain!r}"
+                strange = set(episode.query_labels.tolist()) - set(range(len(episode.classes)))
+                if strange:
+                    count = len(episode.classes)
+                    raise ModmetaError(f"{where}: query label {min(strange)} is none of the {count} of its support")
                 seed_global(self._seed, "measured episode", episode.index)
                 logits, facts = self.evaluate(episode)
-                where = f"episode {episode.index}, domain {episode.domain!r}"
                 for system, scores in logits.items():
                     if not torch.isfinite(scores).all():
                         raise DivergedError(f"{where}: system {system!r} is not finite")

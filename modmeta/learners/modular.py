@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from modmeta.adaptation import (
     IndicatorSet,
     Plan,
     Policy,
+    SignalConfig,
+    SignalMixture,
     Support,
     TrackRecord,
     backward_shares,
@@ -25,7 +28,7 @@ from modmeta.adaptation import (
 )
 from modmeta.adapters import UnitConfig
 from modmeta.data import Episode
-from modmeta.errors import ModmetaError
+from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.learners.adapting import PolicyAdaptation
 from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig, datamodule_of
@@ -72,6 +75,10 @@ class ModularMetaLearner(PolicyAdaptation):
         veto_trials: training episodes at the end of a fit on which all candidates are carried out, each episode's
             domain hidden, for the record that the veto goes by; 0 keeps none.
         unlabelled_share: share of the training episodes that come without labels, for units that need none.
+        signals: what the steps descend beside the labels' loss, or instead of it where there are no labels. Without
+            any, units that learn stay closed for unlabelled images; with some, the policy's forecast alone decides
+            whether a plan for those is carried out, as no label is there to contradict. Views of the images that a
+            signal asks for come on top of the budget.
         calibration_episodes: training episodes on which the indicators are standardised.
         warm_start: folder of an action table of these units and indicators. Before the first episode the policy is
             regressed onto the best action of its episodes, and the indicators are standardised on those.
@@ -107,21 +114,26 @@ class ModularMetaLearner(PolicyAdaptation):
         veto_caution: float = 1.0,
         veto_trials: int = 32,
         unlabelled_share: float = 0.1,
+        signals: Sequence[SignalConfig] = (),
         calibration_episodes: int = 32,
         warm_start: str | None = None,
         policy_from: str | None = None,
     ) -> None:
-        super().__init__(
-            backbone, units, head, head_options, source, learning_rate, baselines, source_images, cache_dir
-        )
         if not units:
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
-        if not 0.0 <= budget <= 1.0:
-            raise ModmetaError(f"budget must lie in 0..1, got {budget}")
+        refuse_outside({"budget": budget, "unlabelled_share": unlabelled_share}, 0, 1)
+        prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
+        refuse_outside(prices, 0)
+        refuse_outside({"harm_margin": harm_margin}, -math.inf)
+        refuse_outside({"trust": trust}, 0, above=True)
+        refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
         if veto_folds == 1 or min(veto_folds, veto_trials) < 0:
             raise ModmetaError(f"veto_folds must be 0, 2 or more, veto_trials 0 or more; got {veto_folds}, {veto_trials}")
         if warm_start is not None and policy_from is not None:
             raise ModmetaError("warm_start and policy_from both say where the policy starts; give one of them")
+        super().__init__(
+            backbone, units, head, head_options, source, learning_rate, baselines, source_images, cache_dir
+        )
         self.trust = trust
         self.second_order = second_order
         self.harm_weight = harm_weight
@@ -133,6 +145,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.veto_caution = veto_caution
         self.veto_trials = veto_trials
         self.unlabelled_share = unlabelled_share
+        self.signals = SignalMixture(signals)
         self.calibration_episodes = calibration_episodes
         self.warm_start = warm_start
         self.policy_from = policy_from
@@ -255,14 +268,17 @@ class ModularMetaLearner(PolicyAdaptation):
             self._take_record()
 
     def _take_record(self) -> None:
-        datamodule, found = datamodule_of(self), []
-        # Shifted copies of domains that are known tell less of new domains; they are second choice.
-        for index in range(_FIRST_TRIAL, _FIRST_TRIAL + 8 * self.veto_trials):
+        datamodule = datamodule_of(self)
+        left = dict.fromkeys(self.sources.domains, -(-self.veto_trials // len(self.sources.domains)))
+        found, tried = [], range(_FIRST_TRIAL, _FIRST_TRIAL + 20 * self.veto_trials)
+        for index in tried:
             episode = datamodule.episode("train", index)
-            left = _FIRST_TRIAL + 8 * self.veto_trials - index
-            if episode.shift is None or left <= self.veto_trials - len(found):
+            # Simulated shifts are harsher than new domains are. Where all episodes are shifted, they must do.
+            usable = episode.shift is None or index - _FIRST_TRIAL >= len(tried) // 2
+            if usable and left.get(episode.domain, 0) > 0:
+                left[episode.domain] -= 1
                 found.append(self.trial(episode.to(self.device)))
-            if len(found) == self.veto_trials:
+            if not any(left.values()):
                 break
         self.record.fit([trial for trial in found if trial.finite])
         self.record.load_state_dict(self.trainer.strategy.broadcast(self.record.state_dict()))

@@ -23,7 +23,7 @@ from modmeta.adaptation import (
     read_statistics,
 )
 from modmeta.adapters import AdaptedBackbone, Bank, State, UnitConfig, check_alive
-from modmeta.errors import ModmetaError
+from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.learners.feature_cache import FeatureCache
 from modmeta.learners.source import BackboneConfig, SourceConfig, SourcePhase
 
@@ -33,6 +33,9 @@ class LearnerParts(LightningModule):
 
     needs_sources = True
     """Whether adapting looks at what is remembered of the source domains; if not, they are never measured."""
+
+    knows_attributes = False
+    """Whether it has attributes of classes, which heads may need."""
 
     _begun = False
 
@@ -49,6 +52,8 @@ class LearnerParts(LightningModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        refuse_outside({"learning_rate": learning_rate}, 0, above=True)
+        refuse_outside({"source_images": source_images}, 1)
         self.save_hyperparameters(logger=False)
         self._forget_others()
         self.automatic_optimization = False
@@ -61,7 +66,10 @@ class LearnerParts(LightningModule):
         if not source.epochs:
             self.model.backbone.requires_grad_(False)
         self.bank = Bank(self.model)
-        self.head: Head = HEADS.get(head)(**(head_options or {}))
+        for name in (head, *baselines):
+            if getattr(HEADS.get(name), "needs_attributes", False) and not self.knows_attributes:
+                raise ModmetaError(f"head {name!r} needs class attributes; take it with a ZeroShotLearner")
+        self.head: Head = HEADS.make(head, **(head_options or {}))
         self.baselines = nn.ModuleDict({name: HEADS.get(name)() for name in baselines}).requires_grad_(False)
         self.sources = SourceStatistics()
         self.phase: SourcePhase | None = None

@@ -1,4 +1,4 @@
-"""Source training: one supervised model of all source domains (empirical risk minimisation)."""
+"""Source training: one supervised model of all source domains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from safetensors.torch import save
@@ -18,8 +19,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from modmeta.adaptation import DivergedError
 from modmeta.backbone import Backbone
 from modmeta.data import SourceBatch
-from modmeta.errors import ModmetaError
+from modmeta.data.seeding import rng
+from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.files import write_atomically
+from modmeta.learners.alignment import AlignmentConfig, SourceOutputs
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class BackboneConfig:
     seed: int = 0
     taps: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        refuse_outside({"backbone.seed": self.seed}, 0, 2**63 - 1)
+
     def build(self) -> Backbone:
         """Create the backbone."""
         return Backbone(self.name, self.pretrained, self.image_size, self.seed, self.taps)
@@ -54,33 +60,63 @@ class SourceConfig:
         learning_rate: peak learning rate of AdamW; falls to zero along a cosine after a warm-up.
         weight_decay: weight decay of AdamW.
         label_smoothing: share of the target that is spread over all classes, in 0..1.
+        alignment: what makes the domains agree, by name and options; None is empirical risk minimisation.
     """
 
     epochs: int = 0
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    alignment: AlignmentConfig | None = None
+
+    def __post_init__(self) -> None:
+        refuse_outside({"source.epochs": self.epochs, "source.weight_decay": self.weight_decay}, 0)
+        refuse_outside({"source.learning_rate": self.learning_rate}, 0, above=True)
+        refuse_outside({"source.label_smoothing": self.label_smoothing}, 0, 1)
 
 
 class SourcePhase(nn.Module):
-    """A backbone in training with a linear classifier over all source classes."""
+    """A backbone in training with a linear classifier over all source classes.
 
-    def __init__(self, config: SourceConfig, feature_dim: int, classes: int) -> None:
+    Args:
+        config: how it is trained.
+        feature_dim: length of the features.
+        classes: number of source classes.
+        domains: number of source domains.
+    """
+
+    def __init__(self, config: SourceConfig, feature_dim: int, classes: int, domains: int) -> None:
         super().__init__()
         self.config = config
         self.classifier = nn.Linear(feature_dim, classes)
         self.accuracy = MulticlassAccuracy(classes, average="micro")
+        self.alignment = config.alignment.build(feature_dim, domains) if config.alignment is not None else None
 
-    def loss(self, backbone: Backbone, batch: SourceBatch) -> Tensor:
-        """Return the cross-entropy of one batch, with gradients to the backbone and the classifier."""
+    def loss(self, backbone: Backbone, batch: SourceBatch, progress: float, random: np.random.Generator) -> Tensor:
+        """Return the loss of one batch, with gradients to the backbone, the classifier and the alignment.
+
+        Args:
+            backbone: the backbone to train.
+            batch: source images.
+            progress: share of source training that is done, in 0..1.
+            random: what an alignment may draw from.
+        """
+        images, targets = batch.images, batch.labels
+        if self.alignment is not None:
+            images, targets = self.alignment.inputs(batch, self.classifier.out_features, random)
         with backbone.trainable():
-            logits = self.classifier(backbone.train_forward(batch.images))
+            features = backbone.train_forward(images)
+            logits = self.classifier(features)
         self.accuracy.update(logits.detach(), batch.labels)
-        return F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
+        smoothing = self.config.label_smoothing
+        if self.alignment is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        loss: Tensor = self.alignment(SourceOutputs(features, logits, targets, batch.domains, smoothing), progress)
+        return loss
 
     def optimizer(self, backbone: Backbone) -> torch.optim.AdamW:
-        """Return AdamW over the backbone and the classifier."""
-        parameters = [*backbone.parameters(), *self.classifier.parameters()]
+        """Return AdamW over the backbone, the classifier and what the alignment learns."""
+        parameters = [*backbone.parameters(), *self.parameters()]
         return torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
 
     def learning_rate(self, step: int, steps: int) -> float:
@@ -95,8 +131,8 @@ class SourceLearner(LightningModule):
     """Trains or fine-tunes the shared backbone on all source domains at once.
 
     Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021: well-tuned empirical risk
-    minimisation is the bar for learning across domains. At the end of a fit the run folder holds
-    ``backbone.safetensors``, timm's own tensor names, to go on from.
+    minimisation is the bar for learning across domains; ``source.alignment`` takes a method that means to pass it. At
+    the end of a fit the run folder holds ``backbone.safetensors``, timm's own tensor names, to go on from.
 
     Args:
         backbone: the timm model to train.
@@ -116,9 +152,10 @@ class SourceLearner(LightningModule):
         return self.trainer.max_epochs or self.source.epochs
 
     def setup(self, stage: str) -> None:
-        """Make the classifier, now that the classes are known."""
+        """Make the classifier, now that classes and domains are known."""
         if self.phase is None:
-            self.phase = SourcePhase(self.source, self.backbone.own_dim, len(datamodule_of(self).classes))
+            data = datamodule_of(self)
+            self.phase = SourcePhase(self.source, self.backbone.own_dim, len(data.classes), len(data.train_domains))
 
     def training_step(self, batch: SourceBatch, batch_idx: int) -> None:
         """Take one step on a batch of all source domains."""
@@ -141,7 +178,7 @@ class SourceLearner(LightningModule):
         write_atomically(Path(folder, "backbone.safetensors"), save(tensors))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW over the backbone and the classifier."""
+        """Return AdamW over all that is trained."""
         assert self.phase is not None
         return self.phase.optimizer(self.backbone)
 
@@ -162,7 +199,7 @@ def source_step(
         learner: the LightningModule.
         phase: classifier and settings.
         backbone: the backbone to train.
-        optimizer: the optimiser of both.
+        optimizer: the optimiser of all that is trained.
         batch: source images.
         batch_idx: number of the batch in its epoch.
         epochs: epochs of source training.
@@ -175,7 +212,9 @@ def source_step(
     step = learner.current_epoch * per_epoch + batch_idx
     for group in optimizer.param_groups:
         group["lr"] = phase.learning_rate(step, epochs * per_epoch)
-    loss = phase.loss(backbone, batch)
+    seed = int(datamodule_of(learner).hparams.get("seed", 0))
+    random = rng(seed, "alignment", learner.current_epoch, batch_idx, learner.global_rank)
+    loss = phase.loss(backbone, batch, step / max(1, epochs * per_epoch), random)
     if not torch.isfinite(loss):
         raise DivergedError(f"source training, epoch {learner.current_epoch}, step {batch_idx}: the loss is not finite")
     optimizer.zero_grad()

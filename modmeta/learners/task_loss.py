@@ -19,7 +19,7 @@ from modmeta.adaptation.descent import Weights
 from modmeta.adaptation.execution import EXECUTIONS, Execution
 from modmeta.adapters import UnitConfig
 from modmeta.data import Episode
-from modmeta.errors import ModmetaError, unknown
+from modmeta.errors import ModmetaError, refuse_outside, unknown
 from modmeta.learners.base import MetaLearner
 from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig
@@ -278,6 +278,4 @@ def _check(head: str, ways: int, positive: Mapping[str, float]) -> None:
         raise unknown("head to start from:", head, ("linear", "prototype"))
     if ways < 2:
         raise ModmetaError(f"ways is {ways}; a head tells 2 classes or more apart")
-    for name, value in positive.items():
-        if not value > 0:
-            raise ModmetaError(f"{name} must be above 0, got {value}")
+    refuse_outside(positive, 0, above=True)

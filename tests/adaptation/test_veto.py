@@ -101,6 +101,7 @@ def test_nothing_is_adapted_when_the_prior_itself_is_not_finite_or_nothing_is_of
     assert (none.choice, none.gains, none.evidence) == (PRIOR, {}, 0)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("labels", [None, torch.arange(4)])
 def test_without_evidence_the_forecast_decides(labels: Tensor | None) -> None:
     def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ def test_the_file_has_the_rights_that_the_umask_leaves(written: Path) -> None:
     assert stat.S_IMODE(written.stat().st_mode) == 0o666 & ~mask
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("where", ["state", "classifier", "plan"])
 def test_numbers_that_are_not_finite_are_never_written(
     where: str, model: AdaptedBackbone, content: AdapterFile, tmp_path: Path
@@ -193,6 +194,7 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.fault(26, 27)
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
@@ -238,6 +240,7 @@ def test_damaged_and_foreign_files_are_refused(how: str, expected: str, written:
     assert written.name in str(caught.value)
 
 
+@pytest.mark.fault(26)
 def test_a_tensor_that_is_not_finite_is_refused(written: Path, model: AdaptedBackbone) -> None:
     data = bytearray(written.read_bytes())
     data[-4:] = b"\x00\x00\xc0\x7f"  # a NaN in place of the last number
@@ -258,6 +261,7 @@ def test_what_could_not_be_read_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(26)
 def test_no_tensor_is_read_before_the_header_is_found_right(
     written: Path, model: AdaptedBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,13 +299,23 @@ def test_a_folder_is_no_file(tmp_path: Path, model: AdaptedBackbone) -> None:
         read_adapter(tmp_path / ("a" * 300), model)
 
 
-def test_another_backbone_is_refused(written: Path) -> None:
+@pytest.mark.fault(25)
+@pytest.mark.parametrize(
+    ("name", "size", "seed", "what"),
+    [
+        ("test_efficientnet", 32, 1, "fingerprint is sha256:.*, that of this checkpoint sha256:"),
+        ("test_efficientnet", 64, 0, "preprocessing is .*'image_size': 32.*, that of this .*'image_size': 64"),
+        ("test_efficientnet_gn", 32, 0, "name is test_efficientnet, that of this checkpoint test_efficientnet_gn"),
+    ],
+)
+def test_another_backbone_is_refused(name: str, size: int, seed: int, what: str, written: Path) -> None:
     units = [UnitConfig("film", group="all"), UnitConfig("projection", {"rank": 2})]
-    other = AdaptedBackbone(Backbone("test_efficientnet", False, 32, seed=1), units)
-    with pytest.raises(ModmetaError, match="for another backbone: its fingerprint"):
+    other = AdaptedBackbone(Backbone(name, False, size, seed=seed), units)
+    with pytest.raises(ModmetaError, match=f"for another backbone: its {what}"):
         read_adapter(written, other)
 
 
+@pytest.mark.fault(29)
 def test_other_options_of_a_module_are_refused(written: Path, model: AdaptedBackbone, content: AdapterFile) -> None:
     plan = content.plan | {"gates": [0.0, 1.0]}
     write_adapter(written, model, AdapterFile(**{**vars(content), "plan": plan}))

@@ -40,7 +40,14 @@ def adapt(model: AdaptedBackbone, initial: State, seed: int) -> Adapted:
     return Adapted(state, plan, head, ("x", "y", "z"))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("test_efficientnet", marks=pytest.mark.fault(34)),
+        "test_efficientnet_gn",
+        "test_convnext",
+    ],
+)
 def test_no_change_of_domain_b_moves_a_bit_of_domain_a(
     name: str, make: Callable[..., AdaptedBackbone], images: Tensor
 ) -> None:

@@ -125,6 +125,7 @@ def test_impossible_image_sizes_are_refused():
             Backbone(name, False, size)
 
 
+@pytest.mark.fault(25)
 def test_fingerprint_sees_what_matters_and_only_that(get):
     backbone = copy.deepcopy(get("test_efficientnet"))
     before = backbone.fingerprint()

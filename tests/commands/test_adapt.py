@@ -205,6 +205,40 @@ def test_support_that_cannot_be_used(
     assert not Path("a.safetensors").exists()
 
 
+def few_of(run: Run, images: dict[str, int]) -> Path:
+    """Copy so many support images of some classes."""
+    for name, count in images.items():
+        (Path("few") / name).mkdir(parents=True)
+        for path in sorted((run.support / name).iterdir())[:count]:
+            shutil.copy(path, Path("few") / name)
+    return Path("few")
+
+
+@pytest.mark.fault(11)
+def test_one_image_of_each_class_will_do(tiny_run: Run) -> None:
+    assert adapt(tiny_run, few_of(tiny_run, dict.fromkeys("0123", 1))) == 0
+    card = json.loads(Path("a.json").read_text())
+    assert card["provenance"]["images_per_class"] == dict.fromkeys("0123", 1)
+    assert len(predict(tiny_run, tiny_run.flat)) == 12
+
+
+@pytest.mark.fault(12)
+def test_a_class_folder_without_images_is_named(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert adapt(tiny_run, few_of(tiny_run, {"0": 2, "1": 2, "2": 0})) == 2
+    assert "the class folder few/2 holds no image; put some into it, or remove it" in capsys.readouterr().err
+    assert not Path("a.safetensors").exists()
+
+
+@pytest.mark.fault(13, 14)
+def test_classes_are_told_by_name_and_those_without_support_are_never_named(tiny_run: Run) -> None:
+    """In the sources' order of classes, these are the second and the fourth."""
+    assert adapt(tiny_run, few_of(tiny_run, {"3": 3, "1": 3})) == 0
+    rows = predict(tiny_run, tiny_run.flat)  # images of 0 and 2, too
+    assert {row["class"] for row in rows} <= {"1", "3"}
+    seen = [row for row in rows if row["image"][0] in "13"]
+    assert sum(row["class"] == row["image"][0] for row in seen) > len(seen) / 2
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -45,7 +45,7 @@ FILES = [
     (
         "typo, level 1",
         put("trainr", {"max_epochs": 3}),
-        "unknown key trainr.max_epochs; did you mean trainer.max_epochs?",
+        "unknown key trainr; did you mean trainer?",
     ),
     ("typo, level 2", put("data.rot", "x"), "unknown key data.rot; did you mean data.root?"),
     (

@@ -139,7 +139,7 @@ def test_wrong_words_are_refused_before_data_is_read(
         ({"systems": ["ridge"]}, "systems: compare.yaml should map names to systems"),
         ({"systems": {"a b": {"system": "head"}}}, "systems: 'a b' is no name"),
         ({"systems": {}}, "systems: there is nothing to compare"),
-        ({"sytems": {"a": {"system": "head"}}}, "unknown key sytems.a.system; did you mean systems"),
+        ({"sytems": {"a": {"system": "head"}}}, "unknown key sytems; did you mean systems?"),
         ({"checkpoints": {"neon": "nope.ckpt"}}, "checkpoint nope.ckpt"),
         ({"checkpoints": {"nein": "nope.ckpt"}}, "nope.ckpt"),
     ],

@@ -110,7 +110,6 @@ def test_what_cannot_be_resumed(words: list[str], message: str, capsys: pytest.C
     assert error.count("\n") == 1
 
 
-@pytest.mark.fault(19)
 def test_a_killed_fit_goes_on(tiny_run: Run) -> None:
     shutil.rmtree("runs")
     words = ["fit", "--config", str(tiny_run.config), "--resume", "auto"]

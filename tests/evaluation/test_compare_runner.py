@@ -101,6 +101,7 @@ def test_each_system_is_measured_on_each_episode(bench: Bench) -> None:
     assert row.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits, episode.query_labels)), rel=1e-4)
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("stop", [0, 1, 5])
 def test_a_stopped_run_that_goes_on_ends_like_one_that_was_not_stopped(stop: int, bench: Bench) -> None:
     comparison = compared.settings()
@@ -145,6 +146,7 @@ def refuse(task: Task) -> Tensor:
     raise ModmetaError("no labels, no answer")
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     ("logits", "kind", "expected"),
     [
@@ -158,6 +160,7 @@ def test_a_failure_names_its_place(logits, kind: type[Exception], expected: str,
         bench.run(compared.settings(), {"anchored_ridge": Head("anchored_ridge"), "other": Given(logits)})
 
 
+@pytest.mark.fault(29)
 def test_learners_that_do_not_fit(bench: Bench) -> None:
     trained_on = compared.settings(checkpoints={"ink": "ink.ckpt"})
     with pytest.raises(ModmetaError, match=r"ink\.ckpt was trained on domain 'ink'; give the one that it was held out"):

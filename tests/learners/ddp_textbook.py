@@ -10,7 +10,7 @@ import torch
 from textbook import tensors
 
 from modmeta.adapters import UnitConfig
-from modmeta.learners import AmortizedLearner, MemoryLearner, MetaLearner, MetricLearner
+from modmeta.learners import AmortizedLearner, MemoryLearner, MetaLearner, MetricLearner, SupernetLearner, ZeroShotLearner
 
 FILM = (UnitConfig("film", group="all"),)
 
@@ -20,7 +20,12 @@ def learners() -> dict[str, MetaLearner]:
     torch.manual_seed(0)
     relation = MetricLearner(tiny.BACKBONE, FILM, comparison="relation", pair_loss="mse", source_images=3)
     lstm = MemoryLearner(tiny.BACKBONE, "lstm", 3, embedding=4, network_options={"hidden": 8}, source_images=3)
-    return {"metric": relation, "memory": lstm, "amortized": AmortizedLearner(tiny.BACKBONE, FILM, source_images=3)}
+    amortized = AmortizedLearner(tiny.BACKBONE, FILM, source_images=3)
+    supernet = SupernetLearner(tiny.BACKBONE, (*FILM, UnitConfig("bias", group="all")), source_images=3, steps=1)
+    described = ZeroShotLearner(tiny.BACKBONE, "digits", source_images=3)
+    return {
+        "metric": relation, "memory": lstm, "amortized": amortized, "supernet": supernet, "zero_shot": described,
+    }  # fmt: skip
 
 
 def main(folder: Path, devices: int) -> None:

@@ -1,16 +1,21 @@
-"""Fits of the two-process test of resuming: ``python resume_worker.py FOLDER``; every rank writes what it found."""
+"""Fits of the two-process tests of resuming: ``python resume_worker.py FOLDER``; every rank writes what it found.
+
+In the end the second rank is killed in the middle of a fit.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from traced import At, fit
 
+from modmeta.learners import AtomicCheckpointIO
 from modmeta.learners.interruption import INTERRUPTED, Interruption
 
 
@@ -19,16 +24,14 @@ def main(folder: Path) -> None:
     two = {"devices": 2, "strategy": "ddp"}
     whole = fit(folder, "modular", keep=True, **two)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    report = []
-    for name in ("step-2", "step-3"):
-        resumed = fit(folder, "modular", resume=folder / f"{name}.ckpt", **two)
-        report.append(f"{name} {resumed.ends_like(whole)}")
+    resumed = fit(folder, "modular", resume=folder / "step-3.ckpt", **two)
+    report = [f"step-3 {resumed.ends_like(whole)}"]
 
-    def hear() -> None:
-        if rank == 1:  # one rank alone, and not the first
-            os.kill(os.getpid(), signal.SIGTERM)
+    def hears(signum: int) -> Callable[[], None]:
+        # One rank alone, and not the first.
+        return lambda: os.kill(os.getpid(), signum) if rank == 1 else None
 
-    callbacks = [ModelCheckpoint(folder / "kept"), Interruption(), At(hear, step=3)]
+    callbacks = [ModelCheckpoint(folder / "kept"), Interruption(), At(hears(signal.SIGTERM), step=3)]
     try:
         fit(folder, "modular", callbacks=callbacks, enable_checkpointing=True, **two)
     except SystemExit as stop:
@@ -39,6 +42,9 @@ def main(folder: Path) -> None:
         resumed = fit(folder, "modular", resume=file, **two)
         report.append(f"resumed {resumed.ends_like(whole)}")
     Path(folder, f"rank-{rank}.txt").write_text("\n".join(report))
+    keeper = ModelCheckpoint(folder / "lost", filename="last", every_n_train_steps=1, enable_version_counter=False)
+    safely = {"enable_checkpointing": True, "plugins": [AtomicCheckpointIO()], **two}
+    fit(folder, callbacks=[keeper, At(hears(signal.SIGKILL), step=4)], **safely)
 
 
 if __name__ == "__main__":

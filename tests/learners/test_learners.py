@@ -1,6 +1,7 @@
 """Learners end to end, at a tiny size: both phases, checkpoints, subclasses, and what must never change."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from tiny import Fitted
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from modmeta.adaptation import Adapted, DivergedError, Support
 from modmeta.adapters import UnitConfig
-from modmeta.data import DomainDataModule
+from modmeta.data import DomainDataModule, Episode
 from modmeta.errors import ModmetaError
 from modmeta.learners import BackboneConfig, MetaLearner, ModularMetaLearner, load_learner
 
@@ -275,6 +277,26 @@ def test_files_that_are_no_checkpoints(damage: str, fitted: Fitted, tmp_path: Pa
 def test_an_untrained_model_is_not_tested(tmp_path: Path) -> None:
     with pytest.raises(ModmetaError, match="was not trained"):
         tiny.trainer(tmp_path, 1).test(tiny.modular(), datamodule=tiny.digits(), verbose=False)
+
+
+class Strange(DomainDataModule):
+    """Asks about a class that is not in the support."""
+
+    def episode(self, split: str, index: int) -> Episode:
+        episode = super().episode(split, index)
+        return dataclasses.replace(episode, query_labels=episode.query_labels + 1)
+
+    def test_dataloader(self) -> DataLoader[list[Episode]]:
+        return DataLoader([self.episode("test", 2)], collate_fn=list)
+
+
+@pytest.mark.fault(13)
+def test_a_query_of_a_class_without_support_is_no_index_error(tmp_path: Path) -> None:
+    learner = tiny.head_only(source_images=2)
+    tiny.trainer(tmp_path, 1).fit(learner, datamodule=tiny.digits())
+    data = Strange(**tiny.digits().hparams)
+    with pytest.raises(ModmetaError, match="episode 2, domain 'neon': query label 3 is none of the 3 of its support"):
+        tiny.trainer(tmp_path, 1).test(learner, datamodule=data, verbose=False)
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_it_learns_to_bind_labels_to_images(name: str) -> None:
         for order in ([0, 1], [1, 0]):
             for swapped in ([0, 1], [1, 0]):
                 labels = torch.tensor(swapped)
-                recall = network.read(images[order], codes[labels[order]])
-                found.append(F.cross_entropy(recall(images), labels))
+                recall = network.read(images[order][None], codes[labels[order]][None])
+                found.append(F.cross_entropy(recall(images[None])[0], labels))
         return torch.stack(found)
 
     before = float(losses().detach().mean())
@@ -80,7 +80,7 @@ def test_what_it_says_depends_on_the_labels_of_the_support(name: str) -> None:
 def test_training_shows_the_support_in_an_order_and_with_codes_of_the_episode() -> None:
     learner = memory("lstm")
     seen = []
-    learner.memory.read = lambda features, codes: seen.append((features, codes)) or (lambda q: q[:, :3])  # type: ignore
+    learner.memory.read = lambda features, codes: seen.append((features[0], codes[0])) or (lambda q: q[..., :3])  # type: ignore
     data = tiny.digits(shots=3)
     data.setup()
     episode = data.episode("train", 0)
@@ -92,6 +92,28 @@ def test_training_shows_the_support_in_an_order_and_with_codes_of_the_episode() 
     assert len(orders) == 4
     for _, codes in seen:
         assert codes.sum(0).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_episodes_read_side_by_side_lose_as_much_as_one_by_one(name: str) -> None:
+    learner = memory(name, readings=2).double()
+    data = tiny.digits(shots=(1, 3))
+    data.setup()
+    episodes = [data.episode("train", index) for index in range(4)]
+    assert len({episode.shots for episode in episodes}) > 1
+    parameters = learner.meta_parameters()
+    loss, gradients = learner.meta_gradient(episodes, parameters)
+    alone = torch.stack([learner.episode_loss(episode) for episode in episodes]).mean()
+    torch.testing.assert_close(loss, alone.detach())
+    for one, other in zip(gradients, torch.autograd.grad(alone, parameters), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_readings_are_sequences_of_their_own() -> None:
+    data = tiny.digits(shots=3)
+    data.setup()
+    episode = data.episode("train", 0)
+    assert not torch.equal(memory("lstm").episode_loss(episode), memory("lstm", readings=2).episode_loss(episode))
 
 
 def test_fewer_classes_than_codes_give_as_many_logits() -> None:

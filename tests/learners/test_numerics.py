@@ -18,7 +18,7 @@ from traced import fit, same
 from modmeta.adaptation import DivergedError
 from modmeta.adapters import UnitConfig
 from modmeta.cli import main
-from modmeta.data import Episode, SourceBatch
+from modmeta.data import Episode
 from modmeta.errors import ModmetaError
 from modmeta.learners import AtomicCheckpointIO, BackboneConfig, MetaLearner, ModularMetaLearner
 
@@ -193,7 +193,7 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
 
 @pytest.mark.fault(40)
 def test_out_of_memory_in_source_training_gives_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(self: object, backbone: object, batch: SourceBatch) -> Tensor:
+    def loss(*args: object) -> Tensor:
         raise ERRORS[0]
 
     monkeypatch.setattr("modmeta.learners.source.SourcePhase.loss", loss)

@@ -35,9 +35,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Traced:
 
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
     yield
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == before
+    signal.signal(signal.SIGINT, own)
 
 
 def send(signum: int) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The metric, memory and amortised learners train on two processes as on one."""
+"""The metric, memory, amortised, supernet and zero-shot learners train on two processes as on one."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["metric", "memory", "amortized"])
+@pytest.mark.parametrize("name", ["metric", "memory", "amortized", "supernet", "zero_shot"])
 def test_two_processes_end_with_the_weights_of_one(name: str, folder: Path) -> None:
     alone, first, second = (torch.load(folder / f"{name}-{run}.pt", weights_only=True) for run in ("1-0", "2-0", "2-1"))
     assert alone.keys() == first.keys() == second.keys()

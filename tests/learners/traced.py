@@ -92,7 +92,9 @@ class Traced:
 
 
 def modular() -> MetaLearner:
-    changes: dict[str, Any] = {"units": tiny.UNITS[1:2], "source_images": 2, "calibration_episodes": 1, "steps": 1}
+    changes: dict[str, Any] = {
+        "units": tiny.UNITS[1:2], "source_images": 2, "calibration_episodes": 1, "steps": 1, "veto_trials": 1,
+    }  # fmt: skip
     return tiny.modular(source=tiny.source(), learning_rate=1e-2, **changes)
 
 

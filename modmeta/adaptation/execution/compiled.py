@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from modmeta.adaptation.execution.base import EXECUTIONS, Execution, Task, TaskLoss, signature
 from modmeta.adaptation.execution.decompositions import TABLE
@@ -93,6 +92,8 @@ def _at_once(run: Callable[[int], list[Tensor]], workers: int) -> list[list[Tens
 
 
 def _compile(loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task, backend: str) -> Step:
+    from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and few need it
+
     def step(*values: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_() for value in values[: len(parameters)]]
@@ -100,7 +101,7 @@ def _compile(loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task, backe
             result = loss(named, dict(zip(task, values[len(parameters) :], strict=True)))
             return result.detach(), *torch.autograd.grad(result, leaves, materialize_grads=True)
 
-    arguments = [*parameters.values(), *task.values()]
+    arguments: list[Any] = [*parameters.values(), *task.values()]
     try:
         graph = make_fx(step, decomposition_table=TABLE)(*arguments)
     except RuntimeError as error:
@@ -117,7 +118,8 @@ def _compile(loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task, backe
     except Exception as error:
         raise ModmetaError(
             f"the graph of the loss cannot be compiled ({_reason(error)}); "
-            f"install a C++ compiler or name it in CXX, or use execution 'loop'"
+            f"install a C++ compiler or name it in CXX, empty PyTorch's compiler cache if a compilation was killed, "
+            f"or use execution 'loop'"
         ) from error
 
 

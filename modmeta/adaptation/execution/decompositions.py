@@ -1,8 +1,9 @@
 """Two operations that a compiler does badly on a CPU, in terms of others that it does well.
 
-Both let channels lie next to each other in memory, as the convolutions that follow want them. Measured on one core with
-the first block of the four-block network, 75 images of 28x28 pixels and 64 channels: the gradient of the pooling takes 2
-ms instead of 13 to 25, and what comes after the convolution no longer runs across memory.
+Both let channels lie next to each other in memory, as the convolutions that follow want them. Images of one channel do
+not say which way they lie, and the compiler takes the slow one; the gradient of pooling it scatters, pixel by pixel.
+Measured on one core with the four-block network, 5-way 1-shot, 15 queries, one step of MAML: 88 ms per task instead of
+115.
 """
 
 from __future__ import annotations
@@ -47,21 +48,26 @@ def max_pool2d_with_indices_backward(
     gradient: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], ceil: bool, indices: Tensor,
 ) -> Any:  # fmt: skip
-    """Return the gradient of pooling in windows that do not overlap: every pixel looks at its own."""
-    kernel, stride = ([size] * 2 if len(size) == 1 else list(size) for size in (kernel, stride or kernel))
-    if x.ndim != 4 or stride != kernel or any(padding) or set(dilation) != {1} or ceil:
+    """Return the gradient of 2x2 pooling: every pixel looks whether it is the first largest of its window.
+
+    The indices would say so, too, but a compiler works them out anew for every pixel, at a multiple of the price.
+    """
+    if x.ndim != 4 or {*kernel, *stride} != {2} or any(padding) or set(dilation) != {1} or ceil:
         return NotImplemented
-    height, width = x.shape[2:]
+    (height, width), (rows, columns) = x.shape[2:], gradient.shape[2:]
 
-    def spread(pooled: Tensor, rest: int) -> Tensor:
-        many, channels, rows, columns = pooled.shape
-        own = pooled.permute(0, 2, 3, 1)[:, :, None, :, None, :]
-        own = own.expand(many, rows, kernel[0], columns, kernel[1], channels)
-        own = own.reshape(many, rows * kernel[0], columns * kernel[1], channels).permute(0, 3, 1, 2)
-        return F.pad(own, (0, width - own.shape[3], 0, height - own.shape[2]), value=rest)
+    def spread(pooled: Tensor, rest: float) -> Tensor:
+        own = pooled.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(-1, -1, 2, -1, 2, -1)
+        own = own.reshape(len(x), 2 * rows, 2 * columns, x.shape[1]).permute(0, 3, 1, 2)
+        return F.pad(own, (0, width - 2 * columns, 0, height - 2 * rows), value=rest)
 
-    places = torch.arange(height * width, device=x.device).view(height, width)
-    return torch.where(spread(indices, -1) == places, spread(gradient, 0), 0.0)
+    a, b, c, d = (x[:, :, row : 2 * rows : 2, column : 2 * columns : 2] for row in (0, 1) for column in (0, 1))
+    upper, left, low = torch.maximum(a, b) >= torch.maximum(c, d), a >= b, c >= d
+    zero, one, two, three = torch.arange(4, device=x.device, dtype=x.dtype)
+    largest = torch.where(upper, torch.where(left, zero, one), torch.where(low, two, three))
+    row, column = (torch.arange(size, device=x.device) % 2 for size in (height, width))
+    places = (2 * row[:, None] + column).to(x.dtype)
+    return torch.where(spread(largest, -1.0) == places, spread(gradient, 0.0), 0.0)
 
 
 def _plain(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,7 @@ class IndicatorSet(nn.Module):
         self, names: Sequence[str] = DEFAULT_INDICATORS, dropout: float = 0.0, noise: float = 0.0
     ) -> None:
         super().__init__()
-        if not 0.0 <= dropout < 1.0 or noise < 0.0:
+        if not 0.0 <= dropout < 1.0 or not 0.0 <= noise < math.inf:
             raise ModmetaError(
                 f"indicator_dropout must lie in 0..1 and indicator_noise must not be negative, got {dropout}, {noise}"
             )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modmeta.adaptation import Classifier, Head
+from modmeta.adaptation.signals import information_loss
 from modmeta.evaluation.systems.source import known_anchor
 from modmeta.evaluation.systems.system import Task
 
@@ -97,15 +98,10 @@ class SourceEntropy(Readout):
 
     def loss(self, features: Tensor) -> Tensor:
         """Return the mean entropy of the predictions less ``diversity`` times that of their mean."""
-        p = self.classifier(features)(features).softmax(-1)
-        return _entropy(p).mean() - self.diversity * _entropy(p.mean(0))
+        return information_loss(self.classifier(features)(features), self.diversity)
 
     def classifier(self, features: Tensor) -> Classifier:
         """Return the sources' classifier."""
         if not self.aligned:
             return self.task.sources.classifier(self.task.support.classes)
         return self.anchor.classifier(self.task.sources.scale, features.mean(0))
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return -(p * p.clamp_min(1e-12).log()).sum(-1)

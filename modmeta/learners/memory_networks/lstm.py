@@ -22,19 +22,20 @@ class LSTMMemory(MemoryNetwork):
 
     def __init__(self, width: int, ways: int, hidden: int = 128) -> None:
         super().__init__(width, ways)
-        self.cell = nn.LSTM(width + ways, hidden)
+        self.cell = nn.LSTM(width + ways, hidden, batch_first=True)
         self.output = nn.Linear(hidden, ways)
 
     def read(self, features: Tensor, codes: Tensor) -> Recall:
         """Run over the support, each image with the label of the one before."""
-        before = torch.cat([torch.zeros_like(codes[:1]), codes[:-1]])
-        _, (h, c) = self.cell(torch.cat([features, before], dim=-1)[:, None])
+        before = torch.cat([torch.zeros_like(codes[:, :1]), codes[:, :-1]], dim=1)
+        _, (h, c) = self.cell(torch.cat([features, before], dim=-1))
 
         def recall(queries: Tensor) -> Tensor:
-            count = len(queries)
-            x = torch.cat([queries, codes[-1].expand(count, -1)], dim=-1)[None]
-            y, _ = self.cell(x, (h.repeat(1, count, 1), c.repeat(1, count, 1)))
-            logits: Tensor = self.output(y[0])
+            count = queries.shape[1]
+            x = torch.cat([queries, codes[:, -1:].expand(-1, count, -1)], dim=-1)
+            state = h.repeat_interleave(count, 1), c.repeat_interleave(count, 1)
+            y, _ = self.cell(x.flatten(0, 1)[:, None], state)
+            logits: Tensor = self.output(y[:, 0]).unflatten(0, queries.shape[:2])
             return logits
 
         return recall

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modmeta.errors import refuse_outside
 from modmeta.learners.memory_networks.network import MemoryNetwork, Recall, register_memory_network
 
 
@@ -31,17 +32,20 @@ class _Memory:
     words: Tensor
 
     def repeated(self, count: int) -> _Memory:
-        """Return ``count`` copies of a memory of one sequence, to go on from independently."""
-        return _Memory(**{name: t.expand(count, *t.shape[1:]) for name, t in vars(self).items()})
+        """Return ``count`` copies of each sequence's memory, to go on from independently."""
+        return _Memory(**{name: t.repeat_interleave(count, 0) for name, t in vars(self).items()})
 
 
 @register_memory_network("mann")
 class MANNMemory(MemoryNetwork):
     """Writes what it sees to the least recently used slots, or to those just read, and reads by content.
 
-    Santoro et al., "Meta-Learning with Memory-Augmented Neural Networks", ICML 2016. At every step it sees an
-    image and the label of the image before. Reads have a learned sharpness (Graves, Wayne and Danihelka, "Neural Turing
-    Machines", 2014): cosine similarities lie within -1..1, and their softmax alone would be almost flat.
+    Santoro et al., "Meta-Learning with Memory-Augmented Neural Networks", ICML 2016, with three changes. There every
+    image is a question first, and its label comes a step later; here questions come after the support, so an image
+    comes with its own label, and a question with none. Keys see image and label directly, not through the controller
+    alone, so like images have like keys before anything is learned. Reads have a learned sharpness (Graves, Wayne and
+    Danihelka, "Neural Turing Machines", 2014): cosine similarities lie within -1..1, and their softmax alone would be
+    almost flat.
 
     Args:
         width: numbers per image.
@@ -64,43 +68,45 @@ class MANNMemory(MemoryNetwork):
         decay: float = 0.95,
     ) -> None:
         super().__init__(width, ways)
+        refuse_outside({"decay": decay}, 0, 1)
         self.slots, self.word, self.reads, self.decay = slots, word, reads, decay
         self.controller = nn.LSTMCell(width + ways + reads * word, hidden)
-        self.keys = nn.Linear(hidden, reads * word)
+        self.keys = nn.Linear(hidden + width + ways, reads * word)
         self.sharpness = nn.Linear(hidden, reads)
+        nn.init.constant_(self.sharpness.bias, 8.0)
         self.gates = nn.Linear(hidden, reads)
         self.output = nn.Linear(hidden + reads * word, ways)
 
     def read(self, features: Tensor, codes: Tensor) -> Recall:
-        """Run over the support, each image with the label of the one before."""
-        before = torch.cat([torch.zeros_like(codes[:1]), codes[:-1]])
+        """Write the support to the memory."""
         memory = self._empty(features)
-        for x, code in zip(features, before, strict=True):
-            memory = self._step(x[None], code[None], memory)
+        for x in torch.cat([features, codes], dim=-1).unbind(1):
+            memory = self._step(x, memory)
 
         def recall(queries: Tensor) -> Tensor:
-            after = self._step(queries, codes[-1].expand(len(queries), -1), memory.repeated(len(queries)))
+            count = queries.shape[1]
+            x = F.pad(queries, (0, self.ways)).flatten(0, 1)
+            after = self._step(x, memory.repeated(count))
             logits: Tensor = self.output(torch.cat([after.h, after.words], dim=-1))
-            return logits
+            return logits.unflatten(0, queries.shape[:2])
 
         return recall
 
     def _empty(self, like: Tensor) -> _Memory:
+        count, hidden = len(like), self.controller.hidden_size
         zeros = like.new_zeros
-        hidden = self.controller.hidden_size
-        slots = torch.full_like(zeros(1, self.slots, self.word), 1e-3)  # the cosine with a zero slot has no slope
         return _Memory(
-            h=zeros(1, hidden),
-            c=zeros(1, hidden),
-            slots=slots,
-            read=zeros(1, self.reads, self.slots),
-            usage=zeros(1, self.slots),
-            words=zeros(1, self.reads * self.word),
+            h=zeros(count, hidden),
+            c=zeros(count, hidden),
+            slots=zeros(count, self.slots, self.word) + 1e-3,  # the cosine with a zero slot has no slope
+            read=zeros(count, self.reads, self.slots),
+            usage=zeros(count, self.slots),
+            words=zeros(count, self.reads * self.word),
         )
 
-    def _step(self, x: Tensor, code: Tensor, memory: _Memory) -> _Memory:
-        h, c = self.controller(torch.cat([x, code, memory.words], dim=-1), (memory.h, memory.c))
-        keys = self.keys(h).tanh().unflatten(-1, (self.reads, self.word))
+    def _step(self, x: Tensor, memory: _Memory) -> _Memory:
+        h, c = self.controller(torch.cat([x, memory.words], dim=-1), (memory.h, memory.c))
+        keys = self.keys(torch.cat([h, x], dim=-1)).tanh().unflatten(-1, (self.reads, self.word))
         # As many slots as there are keys are free to be written; the first of them forgets what it held.
         order = memory.usage.detach().argsort(dim=-1, stable=True)[:, : self.reads]
         unused = F.one_hot(order, self.slots).to(x.dtype)

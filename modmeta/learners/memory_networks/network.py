@@ -13,7 +13,7 @@ MEMORY_NETWORKS: Registry[Callable[..., MemoryNetwork]] = Registry("memory netwo
 register_memory_network = MEMORY_NETWORKS.register
 
 Recall = Callable[[Tensor], Tensor]
-"""From query features ``(Q, D)`` to logits ``(Q, ways)``, each query alone after the same support."""
+"""From query features ``(N, Q, D)`` to logits ``(N, Q, ways)``, each query alone after its episode's support."""
 
 
 class MemoryNetwork(nn.Module, ABC):
@@ -31,9 +31,9 @@ class MemoryNetwork(nn.Module, ABC):
 
     @abstractmethod
     def read(self, features: Tensor, codes: Tensor) -> Recall:
-        """Read a support set in the order in which it comes.
+        """Read the support sets of some episodes, each in the order in which it comes.
 
         Args:
-            features: ``(S, D)``, embedded.
-            codes: ``(S, ways)``, one-hot labels.
+            features: ``(N, S, D)``, embedded.
+            codes: ``(N, S, ways)``, one-hot labels.
         """

@@ -39,12 +39,12 @@ class SNAILMemory(MemoryNetwork):
         support = torch.cat([features, codes], dim=-1)
 
         def recall(queries: Tensor) -> Tensor:
-            last = F.pad(queries, (0, self.ways))
-            x = torch.cat([support.expand(len(queries), -1, -1), last[:, None]], dim=1)
+            last = F.pad(queries, (0, self.ways)).flatten(0, 1)
+            x = torch.cat([support.repeat_interleave(queries.shape[1], 0), last[:, None]], dim=1)
             x = self.first(x)
             for convolution in self.convolutions:
                 x = convolution(x)
-            logits: Tensor = self.output(self.second(x)[:, -1])
+            logits: Tensor = self.output(self.second(x)[:, -1]).unflatten(0, queries.shape[:2])
             return logits
 
         return recall
