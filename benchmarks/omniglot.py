@@ -103,19 +103,25 @@ def measured(method: str, store: ImageStore | None, options: argparse.Namespace)
     if store is not None:
         data.store = store
     data.setup()
-    rows = [*tested(learner, data, f"{method}, untrained", "mixed", options.untrained)]
+    rows = tested(learner, tests_of(data, "mixed", options), f"{method}, untrained", "mixed", options.untrained)
     curve.add(learner, data, 0)
     cli.trainer.callbacks.append(curve)
     begin = time.process_time()
     cli.trainer.fit(learner, data)
     seconds = time.process_time() - begin - curve.seconds
     for protocol in options.protocols:
-        mixed = protocol == "mixed"
-        tests = DomainDataModule(**{**data.hparams, "mix_domains": mixed, "test_episodes": options.episodes})
-        tests.store = data.store
-        tests.setup()
-        rows += tested(learner, tests, method, protocol, options.episodes)
+        rows += tested(learner, tests_of(data, protocol, options), method, protocol, options.episodes)
     return {"rows": rows, "seconds": seconds, "curve": curve.points, "seed": data.hparams["seed"]}, data.store
+
+
+def tests_of(data: DomainDataModule, protocol: str, options: argparse.Namespace) -> DomainDataModule:
+    """Return the test episodes of a protocol."""
+    ways = data.hparams["eval_ways"] or data.hparams["ways"]
+    changes = {"ways": ways, "mix_domains": protocol == "mixed", "test_episodes": options.episodes}
+    tests = DomainDataModule(**{**data.hparams, **changes})
+    tests.store = data.store
+    tests.setup()
+    return tests
 
 
 def tested(learner: MetaLearner, data: DomainDataModule, system: str, protocol: str, episodes: int) -> list[Row]:

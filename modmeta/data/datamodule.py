@@ -136,8 +136,8 @@ class DomainDataModule(LightningDataModule):
         learner = getattr(self.trainer, "lightning_module", None)
         if learner is not None and 0 in hparams["eval_shots"] and not getattr(learner, "zero_shot", False):
             raise ModmetaError(
-                f"eval_shots={hparams['eval_shots']}: a {type(learner).__name__} needs images of every class; leave out "
-                f"0, or take a ZeroShotLearner"
+                f"eval_shots={hparams['eval_shots']}: a {type(learner).__name__} needs images of every class; leave "
+                f"out 0, or take a ZeroShotLearner"
             )
         if not hasattr(self, "store"):
             self.store = self._open_store()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from modmeta.data.images import Ids, ImageStore
@@ -28,7 +29,7 @@ class OwnClasses(ImageStore):
             store.domains,
             ["/".join(pair) for pair in pairs],
             store.row_domains,
-            [index[pair] for pair in names],
+            np.array([index[pair] for pair in names]),
             store.image_size,
             store.key,
             store.content,

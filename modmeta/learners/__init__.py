@@ -12,8 +12,8 @@ from modmeta.learners.metrics import EpisodeMetrics, Result
 from modmeta.learners.modular import ModularMetaLearner
 from modmeta.learners.reptile import ReptileLearner
 from modmeta.learners.source import BackboneConfig, SourceConfig, SourceLearner
-from modmeta.learners.zero_shot import ZeroShotLearner
 from modmeta.learners.supernet import SupernetLearner
+from modmeta.learners.zero_shot import ZeroShotLearner
 
 __all__ = [
     "ALIGNMENTS",
@@ -31,8 +31,8 @@ __all__ = [
     "Result",
     "SourceConfig",
     "SourceLearner",
-    "ZeroShotLearner",
     "SupernetLearner",
+    "ZeroShotLearner",
     "load_learner",
     "read_checkpoint",
 ]

@@ -128,7 +128,8 @@ class ModularMetaLearner(PolicyAdaptation):
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
         if veto_folds == 1 or min(veto_folds, veto_trials) < 0:
-            raise ModmetaError(f"veto_folds must be 0, 2 or more, veto_trials 0 or more; got {veto_folds}, {veto_trials}")
+            given = f"{veto_folds} and {veto_trials}"
+            raise ModmetaError(f"veto_folds must be 0, or 2 or more, and veto_trials 0 or more; got {given}")
         if warm_start is not None and policy_from is not None:
             raise ModmetaError("warm_start and policy_from both say where the policy starts; give one of them")
         super().__init__(

@@ -16,8 +16,8 @@ def take_policy(
 ) -> None:
     """Load the policy, its track record, the indicators' scales and the head's strengths from a checkpoint.
 
-    None of these depends on a backbone, on units or on domains. The backbone, the bank and the sources of the checkpoint
-    are left aside.
+    None of these depends on a backbone, on units or on domains. Backbone, bank and sources of the checkpoint are left
+    aside.
 
     Args:
         path: checkpoint of a modular learner.

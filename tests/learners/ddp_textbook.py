@@ -10,7 +10,14 @@ import torch
 from textbook import tensors
 
 from modmeta.adapters import UnitConfig
-from modmeta.learners import AmortizedLearner, MemoryLearner, MetaLearner, MetricLearner, SupernetLearner, ZeroShotLearner
+from modmeta.learners import (
+    AmortizedLearner,
+    MemoryLearner,
+    MetaLearner,
+    MetricLearner,
+    SupernetLearner,
+    ZeroShotLearner,
+)
 
 FILM = (UnitConfig("film", group="all"),)
 

@@ -146,7 +146,7 @@ def test_features_from_the_cache_change_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Run the fits of ``resume_worker``; the time is ample, but without an end the lost rank's peer would hang."""
+    """Run the fits of ``resume_worker``; the rank that outlives the other has ample time to notice."""
     folder = tmp_path_factory.mktemp("two")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(Path(__file__).with_name("resume_worker.py")), str(folder)]

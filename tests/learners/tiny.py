@@ -34,7 +34,8 @@ def digits(**changes: Any) -> DomainDataModule:
 def modular(cls: type[ModularMetaLearner] = ModularMetaLearner, **changes: Any) -> ModularMetaLearner:
     """Return a tiny modular learner."""
     options: dict[str, Any] = {
-        "backbone": BACKBONE, "units": UNITS, "source_images": 5, "calibration_episodes": 2, "steps": 2, "veto_trials": 4,
+        "backbone": BACKBONE, "units": UNITS, "source_images": 5, "calibration_episodes": 2, "steps": 2,
+        "veto_trials": 4,
     }  # fmt: skip
     torch.manual_seed(0)
     return cls(**(options | changes))

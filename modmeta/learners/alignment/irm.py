@@ -17,7 +17,8 @@ class Irm(Penalty):
     Args:
         feature_dim: length of the features.
         domains: number of source domains.
-        weight: factor on the penalty, 0 or more.
+        weight: factor on the penalty, 0 or more. The published 100 is for thousands of steps: in a short fit, logits
+            near 0 please it before the risk counts, so take less there.
         anneal: share of source training in 0..1 during which the weight is 1 at most: before there are features
             worth keeping, a heavy penalty makes all logits 0.
     """
