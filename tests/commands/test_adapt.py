@@ -192,7 +192,7 @@ def make_support(kind: str) -> Path:
         ("one class", "has one class, 'a'; give two or more"),
         ("mixed", "holds images beside class folders, such as 0.png"),
         ("empty", "holds no image"),
-        ("no image", "b/0.png cannot be decoded"),
+        ("no image", "b/0.png is no image of a known format"),
     ],
 )
 def test_support_that_cannot_be_used(
@@ -284,7 +284,7 @@ def test_an_image_that_cannot_be_decoded_stops_predict(tiny_run: Run, capsys: py
     capsys.readouterr()
     words = ["--checkpoint", str(tiny_run.checkpoint), "--adapter", "a.safetensors", "--images", "broken"]
     assert main(["predict", *words, "--output", "p.csv"]) == 2
-    assert "broken/x.png cannot be decoded" in capsys.readouterr().err
+    assert "broken/x.png is no image of a known format" in capsys.readouterr().err
     assert not Path("p.csv").exists()
 
 

@@ -133,7 +133,6 @@ def test_a_users_file_that_cannot_be_imported(tiny_config: Path, capsys: pytest.
     assert "has the name of another module (random); rename the file" in message(capsys, words)
 
 
-@pytest.mark.fault(1, 3)
 def test_a_file_that_is_no_image(
     tiny_config: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

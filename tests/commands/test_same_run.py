@@ -70,7 +70,6 @@ def test_another_configuration_is_refused_with_what_changed(
     assert not list(Path("runs").glob("*/version_1"))
 
 
-@pytest.mark.fault(24)
 def test_what_results_do_not_depend_on_may_change(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--trainer.max_epochs", "3", "--data.num_workers", "1", "--trainer.strategy", "ddp", "--name", "other"]
     words += ["--trainer.log_every_n_steps", "1", f"{INIT}.cache_dir", "features"]
@@ -152,7 +151,6 @@ def test_the_identity_of_data_is_their_names_and_content() -> None:
         refuse_other_data(was, describe_data(DomainFolder("b", 8)))
 
 
-@pytest.mark.fault(24)
 def test_a_backbone_of_other_weights_is_refused(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     def weights(seed: int) -> dict[str, Any]:
         return {k: v.contiguous() for k, v in Backbone("test_efficientnet", False, 32, seed).model.state_dict().items()}

@@ -149,7 +149,6 @@ RANGES: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.fault(28)
 @pytest.mark.parametrize("key", RANGES)
 def test_values_out_of_range_are_refused(key: str, tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = key.rpartition(".")[2]
@@ -204,7 +203,6 @@ OTHERS = [
 ]
 
 
-@pytest.mark.fault(28)
 @pytest.mark.parametrize(("learner", "arguments", "expected"), OTHERS, ids=[f"{n}-{a}" for n, a, _ in OTHERS])
 def test_every_learner_refuses(
     learner: str, arguments: dict, expected: str, tiny_config: Path, capsys: pytest.CaptureFixture[str]
@@ -301,7 +299,6 @@ EXAMPLE = yaml.safe_load(QUICKSTART.read_text())
 LETTERS = st.sampled_from("abcdefghijklmnopqrstuvwxyz_0123456789")
 
 
-@pytest.mark.fault(28)
 @settings(max_examples=40, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(keys(EXAMPLE), key=str)), st.data())
 def test_a_wrong_letter_in_any_key_is_found(path: tuple[Any, ...], data: st.DataObject) -> None:

@@ -129,7 +129,6 @@ def test_where_an_oracle_has_no_gap_no_share_is_told() -> None:
     assert not [key for key in found if "gap_closed" in key[3]]
 
 
-@pytest.mark.fault(37)
 @pytest.mark.parametrize("episodes", [1, 2])
 def test_every_file_of_a_report_is_finite(episodes: int, tmp_path: Path) -> None:
     names = list(THREE)

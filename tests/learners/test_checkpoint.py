@@ -61,7 +61,6 @@ def _tensors(learner: MetaLearner) -> list[torch.Tensor]:
     return [value for value in learner.state_dict().values() if isinstance(value, torch.Tensor)]
 
 
-@pytest.mark.fault(27)
 def test_arguments_in_a_checkpoint_run_no_code(fitted: tiny.Fitted, tmp_path: Any) -> None:
     checkpoint = torch.load(fitted.checkpoint, weights_only=True)
     canary = tmp_path / "canary"

@@ -44,11 +44,14 @@ def rest_of(rows: list[Row], steps: int) -> list[Row]:
     return rows[last + 1 :]
 
 
-@pytest.mark.fault(33)
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({}, ["step-1", "step-2", "validation-2", "epoch-2", "step-3", "step-4", "validation-4", "epoch-4", "step-6"]),
+        pytest.param(
+            {},
+            ["step-1", "step-2", "validation-2", "epoch-2", "step-3", "step-4", "validation-4", "epoch-4", "step-6"],
+            marks=pytest.mark.fault(33),
+        ),
         ({"limit_val_batches": 0}, ["step-1", "step-2", "epoch-2", "step-4"]),
         ({"val_check_interval": 1}, ["step-3", "validation-3", "validation-4"]),
     ],
@@ -65,14 +68,13 @@ def test_from_every_checkpoint_that_a_trainer_can_write(
             assert resumed.rows == rest_of(expected.rows, int(number)), name
 
 
-@pytest.mark.fault(33)
 @pytest.mark.parametrize("learner", ["modular", "gradient"])
+@pytest.mark.parametrize("name", ["step-1", pytest.param("step-3", marks=pytest.mark.fault(33)), "epoch-4"])
 def test_learners_within_and_between_epochs_of_both_phases(
-    learner: str, whole: Callable[..., Traced], tmp_path: Path
+    name: str, learner: str, whole: Callable[..., Traced], tmp_path: Path
 ) -> None:
     expected = whole(learner)
-    for name in ("step-1", "step-3", "epoch-4"):
-        assert fit(tmp_path, learner, resume=named(expected, name)).ends_like(expected), name
+    assert fit(tmp_path, learner, resume=named(expected, name)).ends_like(expected)
 
 
 @pytest.mark.fault(33)
@@ -90,8 +92,7 @@ def die() -> None:
     raise Killed
 
 
-@pytest.mark.fault(19, 33)
-@pytest.mark.parametrize("stopped", [4, 6])
+@pytest.mark.parametrize("stopped", [4, pytest.param(6, marks=pytest.mark.fault(19, 33))])
 def test_from_the_last_checkpoint_before_a_crash(stopped: int, whole: Callable[..., Traced], tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=3, enable_version_counter=False)
     with pytest.raises(Killed):
@@ -99,7 +100,6 @@ def test_from_the_last_checkpoint_before_a_crash(stopped: int, whole: Callable[.
     assert fit(tmp_path, resume=tmp_path / "last.ckpt").ends_like(whole())
 
 
-@pytest.mark.fault(33)
 def test_a_run_may_be_stopped_and_resumed_again_and_again(whole: Callable[..., Traced], tmp_path: Path) -> None:
     resume, rows = None, []
     for step in range(2, STEPS * EPOCHS + 1):
@@ -119,7 +119,6 @@ class Noisy(MetaLearner):
         return super().episode_loss(episode) * (1 + torch.rand(()))
 
 
-@pytest.mark.fault(33)
 def test_noise_without_a_generator_is_a_function_of_the_episode(tmp_path: Path) -> None:
     def noisy() -> MetaLearner:
         return tiny.head_only(Noisy, source=tiny.source())
@@ -148,7 +147,9 @@ def test_features_from_the_cache_change_nothing(tmp_path: Path) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Run the fits of ``resume_worker``; the rank that outlives the other has ample time to notice."""
     folder = tmp_path_factory.mktemp("two")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # A port that no process is given by itself: one that is free now could be taken before both ranks are there.
+    port = str(20_000 + os.getpid() % 10_000)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
     command = [sys.executable, str(Path(__file__).with_name("resume_worker.py")), str(folder)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     return folder, done
@@ -160,7 +161,7 @@ def test_two_processes(two_processes: tuple[Path, subprocess.CompletedProcess[st
     for rank in (0, 1):
         report = folder / f"rank-{rank}.txt"
         assert report.exists(), done.stderr[-4000:]
-        assert report.read_text().split("\n") == ["step-3 True", "interrupted after 3 True", "resumed True"]
+        assert report.read_text().split("\n") == ["interrupted after 3 True", "resumed True"]
 
 
 @pytest.mark.fault(30)

@@ -76,7 +76,6 @@ def test_a_validation_is_broken_off_and_comes_later(where: dict[str, int], whole
     assert notes.rows + resumed.rows == whole.rows
 
 
-@pytest.mark.fault(22)
 def test_without_validation_the_epoch_ends_first(tmp_path: Path) -> None:
     interrupted(tmp_path, At(send(signal.SIGTERM), step=4), limit_val_batches=0)
     resumed = fit(tmp_path, resume=tmp_path / INTERRUPTED, limit_val_batches=0)
@@ -127,7 +126,6 @@ def test_nothing_is_saved_where_no_checkpoints_are_wanted(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.fault(22, 23)
 @pytest.mark.parametrize("measure", ["validate", "test"])
 @SIGNALS
 def test_measuring_ends_cleanly(measure: str, signum: int, code: int, tmp_path: Path) -> None:
@@ -211,7 +209,6 @@ def without_times(metrics: str) -> list[list[str]]:
     return [[row[place] for place in kept] for row in [head, *rows]]
 
 
-@pytest.mark.fault(22, 23)
 def test_two_signals_to_a_process(config: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "modmeta", "fit", "--config", config, "--name", "twice"],

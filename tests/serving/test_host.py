@@ -155,7 +155,6 @@ def test_exchanges_under_traffic(model: AdaptedBackbone, images: Tensor) -> None
         assert each.classes == pool[made[each.adapter]].classes
 
 
-@pytest.mark.fault(31)
 def test_a_domain_that_goes_while_threads_predict(model: AdaptedBackbone, images: Tensor) -> None:
     host, over, one, two = AdapterHost(model), Event(), adapted(model, 1), adapted(model, 2)
     expected = {"stays": oracle(model, one, images), "goes": oracle(model, two, images)}
