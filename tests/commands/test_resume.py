@@ -79,7 +79,7 @@ def test_damaged_checkpoints_are_skipped_and_named(tiny_run: Run, capsys: pytest
 
 def test_the_newest_of_several_counts(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(FOLDER, FOLDER.with_name("version_7"))
-    os.utime(LAST, (time.time() - 60,) * 2)
+    os.utime(LAST, (LAST.stat().st_mtime - 60,) * 2)
     assert fit("--config", str(tiny_run.config), "--resume", "auto") == 0
     assert "resuming runs/tiny/version_7/checkpoints/last.ckpt" in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
 """A fit that is stopped anywhere and resumed ends where one that was never stopped does, to the bit."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,11 +146,8 @@ def test_features_from_the_cache_change_nothing(tmp_path: Path) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Run the fits of ``resume_worker``; the rank that outlives the other has ample time to notice."""
     folder = tmp_path_factory.mktemp("two")
-    # A port that no process is given by itself: one that is free now could be taken before both ranks are there.
-    port = str(20_000 + os.getpid() % 10_000)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
     command = [sys.executable, str(Path(__file__).with_name("resume_worker.py")), str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=folder, env=tiny.for_ranks(), capture_output=True, text=True, timeout=900)
     return folder, done
 
 

@@ -185,9 +185,9 @@ def test_a_loss_that_is_not_finite_names_the_episode() -> None:
     [
         ({"head": "cosine"}, "head to start from: 'cosine'"),
         ({"ways": 1}, "ways is 1"),
-        ({"rate": 0.0}, "rate must be above 0"),
-        ({"steps": 0}, "steps must be above 0"),
-        ({"test_steps": 0}, "test_steps must be above 0"),
+        ({"rate": 0.0}, "rate must be finite and above 0"),
+        ({"steps": 0}, "steps must be finite and above 0"),
+        ({"test_steps": 0}, "test_steps must be finite and above 0"),
         ({"order": 3}, "order must be 1 or 2"),
         ({"adapted": ["haed"]}, "did you mean 'head'"),
         ({"adapted": []}, "adapted is empty"),

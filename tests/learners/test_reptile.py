@@ -92,7 +92,7 @@ def test_what_does_not_move_is_not_learned() -> None:
         ({"optimizer": "adamw"}, "did you mean 'adam'"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"outer_rate": 1.5}, "outer_rate must lie in"),
-        ({"rate": -1.0}, "rate must be above 0"),
+        ({"rate": -1.0}, "rate must be finite and above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], line: str) -> None:

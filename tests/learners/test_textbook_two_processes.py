@@ -1,11 +1,11 @@
 """The metric, memory, amortised, supernet and zero-shot learners train on two processes as on one."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 WORKER = Path(__file__).with_name("ddp_textbook.py")
@@ -15,10 +15,9 @@ WORKER = Path(__file__).with_name("ddp_textbook.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a single process and each of two have left their weights."""
     folder = tmp_path_factory.mktemp("ddp")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     for devices in ("1", "2"):
         command = [sys.executable, str(WORKER), str(folder), devices]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, cwd=folder, env=tiny.for_ranks(), capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -1,12 +1,12 @@
 """Two processes are one run: the same episodes, gradients and results, and equal weights on every rank."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -14,14 +14,13 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
 def run(folder: Path, devices: int) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [sys.executable, str(WORKER), str(folder), str(devices)],
         cwd=folder,
-        env=environment,
+        env=tiny.for_ranks(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ def trainer(folder: Path, epochs: int, **changes: Any) -> Trainer:
     }  # fmt: skip
     torch.manual_seed(0)
     return Trainer(default_root_dir=folder, max_epochs=epochs, **(options | changes))
+
+
+def for_ranks() -> dict[str, str]:
+    """Return the environment of a process that starts ranks.
+
+    The port is one that no process is given by itself: one that is free now may be taken before all ranks are there.
+    """
+    port = str(20_000 + os.getpid() % 10_000)
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
 
 
 @dataclass(frozen=True)
