@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, Namespace
 
 from modmeta.commands.arguments import Arguments, read_config
+from modmeta.commands.image_record import write_image_record
 from modmeta.commands.load import load
 from modmeta.commands.parser import BriefParser
 from modmeta.commands.quiet import quiet
@@ -129,6 +130,7 @@ def _measure(comparison: Comparison, systems: Mapping[str, System], folder: Path
     places = _freeze(comparison, modules, folder, manifest)
     config = yaml.safe_dump(comparison.to_dict(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "config.yaml", config.encode())
+    write_image_record(store, folder)
     write_atomically(folder / "provenance.json", (json.dumps(origin, indent=1) + "\n").encode())
 
     def learner(domain: str) -> MetaLearner:

@@ -26,6 +26,7 @@ from modmeta.learners import AtomicCheckpointIO, MetaLearner, read_checkpoint
 from modmeta.learners.checkpoint import check
 from modmeta.learners.checkpoint_io import load_plain
 from modmeta.learners.interruption import Interruption
+from modmeta.learners.source import datamodule_of
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
@@ -193,6 +194,9 @@ def _report(trainer: Trainer, learner: MetaLearner) -> None:
     if not trainer.is_global_zero:
         return
     print_results(learner.results)
+    store = getattr(datamodule_of(learner), "store", None)
+    if store is not None and store.quarantined:
+        print(f"images that could not be used and were left out: {len(store.quarantined)}; images.json names them")
     if folder is not None and not _is_trial(trainer):
         write_results(Path(folder, "results.json"), learner.results)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from modmeta.data import DomainDataModule
+from modmeta.data import DomainDataModule, ImageStore
 from modmeta.files import write_atomically
 
 
@@ -21,10 +21,15 @@ class ImageRecord(Callback):
         trial = getattr(trainer, "fast_dev_run", False)
         if folder is None or trial or not trainer.is_global_zero or not isinstance(data, DomainDataModule):
             return
-        record = {
-            "key": data.store.key,
-            "images": len(data.store),
-            "quarantined": [{"image": found.relative, "reason": found.reason} for found in data.store.quarantined],
-        }
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder, "images.json"), (json.dumps(record, indent=2) + "\n").encode())
+        write_image_record(data.store, Path(folder))
+
+
+def write_image_record(store: ImageStore, folder: Path) -> None:
+    """Write ``images.json`` of a store into a folder."""
+    record = {
+        "key": store.key,
+        "images": len(store),
+        "quarantined": [{"image": found.relative, "reason": found.reason} for found in store.quarantined],
+    }
+    write_atomically(folder / "images.json", (json.dumps(record, indent=2) + "\n").encode())

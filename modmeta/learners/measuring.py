@@ -61,7 +61,13 @@ class EpisodeMeasuring(LearnerParts):
         }
 
     def on_validation_epoch_start(self) -> None:
-        """Start new figures."""
+        """Start new figures.
+
+        Raises:
+            ModmetaError: if this model was never trained, and is not being trained.
+        """
+        if self.trainer.state.fn == "validate":
+            self._refuse_untrained()
         self._metrics = self._new_metrics("val")
 
     def on_test_epoch_start(self) -> None:
@@ -70,9 +76,12 @@ class EpisodeMeasuring(LearnerParts):
         Raises:
             ModmetaError: if this model was never trained.
         """
-        if not self.trained:
-            raise ModmetaError("this model was not trained: give the checkpoint of a fit with --ckpt_path")
+        self._refuse_untrained()
         self._metrics = self._new_metrics("test")
+
+    def _refuse_untrained(self) -> None:
+        if not self.trained:
+            raise ModmetaError("this model was not trained: give the checkpoint of a whole fit with --ckpt_path")
 
     def validation_step(self, batch: list[Episode], batch_idx: int) -> None:
         """Measure the validation episodes; there is nothing to measure while the backbone trains."""

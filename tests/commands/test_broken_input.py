@@ -149,11 +149,18 @@ def test_a_file_that_is_no_image(
     told = "a/cat/0.png, is no image of a known format"
     assert told in message(capsys, ["fit", "--config", edited])
     edited = broken(tiny_config, put("data", data))
-    assert main(["fit", "--config", edited, "--name", "on", "--trainer.max_epochs", "1"]) == 0
+    assert main(["fit", "--config", edited, "--name", "on"]) == 0
     assert len([warning for warning in recwarn if told in str(warning.message)]) == 1
     record = json.loads(Path("runs/on/version_0/images.json").read_text())
     assert record["images"] == 19
     assert [refused["image"] for refused in record["quarantined"]] == ["a/cat/0.png"]
+    capsys.readouterr()
+    measured = ["--config", edited, "--ckpt_path", "runs/on/version_0/checkpoints/last.ckpt"]
+    assert main(["validate", *measured, "--name", "on"]) == 0
+    assert "left out: 1; images.json names them" in capsys.readouterr().out
+    assert main(["fit", "--config", edited, "--name", "half", "--trainer.max_epochs", "1"]) == 0
+    measured[-1] = "runs/half/version_0/checkpoints/last.ckpt"
+    assert "this model was not trained" in message(capsys, ["validate", *measured])
     for number in range(5):
         Path(f"images/a/cat/{number}.png").write_text("no image")
     assert "images/a/cat holds no good image; the first, a/cat/0.png" in message(capsys, ["fit", "--config", edited])
