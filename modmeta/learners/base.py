@@ -211,6 +211,24 @@ class MetaLearner(EpisodeMeasuring):
         names = [known[id(parameter)] for parameter in parameters]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
+    def _refuse_not_finite(
+        self,
+        episodes: Sequence[Episode],
+        losses: Tensor,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+    ) -> None:
+        """Stop before losses ``(N,)`` or the gradient of their mean get anywhere that are not finite."""
+        finite = torch.isfinite(losses)
+        wrong = [p for p, g in zip(parameters, gradients, strict=True) if not torch.isfinite(g).all()]
+        if finite.all() and not wrong:
+            return
+        first = episodes[int(finite.float().argmin())]
+        where = f"step {self.global_step}, episode {first.index}, domain {first.domain!r}"
+        # Where the gradient alone is not finite, any of the episodes that it is the mean of may be the cause.
+        found = f"the gradient of {self._names(wrong)} in this or a later one" if finite.all() else "the loss"
+        raise DivergedError(f"{where}: {found} is not finite; the last checkpoint is intact")
+
     def meta_gradient(
         self, episodes: Sequence[Episode], parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor, list[Tensor]]:

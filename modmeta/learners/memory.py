@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modmeta.adaptation import Adapted, DivergedError, Plan, Support
+from modmeta.adaptation import Adapted, Plan, Support
 from modmeta.adapters import State, UnitConfig
 from modmeta.data import Episode
 from modmeta.errors import ModmetaError, refuse_outside
@@ -136,13 +136,7 @@ class MemoryLearner(MetaLearner):
         """
         losses = self.episode_losses(episodes)
         gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True, materialize_grads=True)
-        finite = torch.isfinite(losses)
-        if not (finite.all() and all(torch.isfinite(g).all() for g in gradients)):
-            # The gradient is a mean: where it alone is not finite, any of the episodes may be the cause.
-            found = "the loss is" if not finite.all() else "the gradient of this episode or of one after it is"
-            first = episodes[int(finite.float().argmin())]
-            where = f"step {self.global_step}, episode {first.index}, domain {first.domain!r}"
-            raise DivergedError(f"{where}: {found} not finite; the last checkpoint is intact")
+        self._refuse_not_finite(episodes, losses, parameters, gradients)
         return losses.detach().mean(), list(gradients)
 
     def _losses(self, episodes: Sequence[Episode]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modmeta.adaptation import Adapted, Classifier, DivergedError, Head, Plan, Support
+from modmeta.adaptation import Adapted, Classifier, Head, Plan, Support
 from modmeta.adaptation.descent import Weights
 from modmeta.adaptation.execution import EXECUTIONS, Execution
 from modmeta.adapters import UnitConfig
@@ -196,13 +196,7 @@ class TaskLossLearner(MetaLearner):
         values = {names[id(parameter)]: parameter.detach() for parameter in parameters}
         tasks = [self.task(episode) for episode in episodes]
         losses, gradients = self.execution.meta_gradient(self.task_loss, values, tasks)
-        finite = torch.isfinite(losses)
-        if not (finite.all() and all(torch.isfinite(g).all() for g in gradients.values())):
-            # The gradient is a mean: where it alone is not finite, any of the episodes may be the cause.
-            found = "the loss is" if not finite.all() else "the gradient of this episode or of one after it is"
-            first = episodes[int(finite.float().argmin())]
-            where = f"step {self.global_step}, episode {first.index}, domain {first.domain!r}"
-            raise DivergedError(f"{where}: {found} not finite; the last checkpoint is intact")
+        self._refuse_not_finite(episodes, losses, parameters, list(gradients.values()))
         return losses.mean(), [gradients[name] for name in values]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

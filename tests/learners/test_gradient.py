@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from modmeta.adaptation import Adapted, DivergedError, Support
+from modmeta.adaptation.execution import Loop
 from modmeta.adapters import UnitConfig
 from modmeta.data import DomainDataModule, Episode
 from modmeta.errors import ModmetaError
@@ -177,6 +178,20 @@ def test_images_without_labels_are_refused() -> None:
 def test_a_loss_that_is_not_finite_names_the_episode() -> None:
     learner = family.gradient(rate=1e30, steps=3, order=1)
     with pytest.raises(DivergedError, match="episode 0, domain 'ink': the loss is not finite"):
+        learner.meta_gradient(family.episodes(), learner.meta_parameters())
+
+
+@pytest.mark.fault(17)
+def test_a_gradient_that_is_not_finite_names_the_unit() -> None:
+    class Broken(Loop):
+        def meta_gradient(self, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            losses, gradients = super().meta_gradient(*arguments)
+            return losses, {name: g * (torch.nan if name == "bank.prior.0" else 1.0) for name, g in gradients.items()}
+
+    learner = family.gradient()
+    learner.execution = Broken()
+    told = r"episode 0, domain 'ink': the gradient of full@\S* in this or a later one"
+    with pytest.raises(DivergedError, match=told):
         learner.meta_gradient(family.episodes(), learner.meta_parameters())
 
 
