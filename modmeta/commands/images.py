@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modmeta.data.decode import SUFFIXES, decode_image
+from modmeta.data.decode import SUFFIXES, BadImageError, decode_image
 from modmeta.errors import ModmetaError
 
 
@@ -38,3 +38,15 @@ def load_images(paths: Sequence[Path], image_size: int) -> Tensor:
         ModmetaError: naming the first file that cannot be decoded.
     """
     return torch.stack([decode_image(path, image_size) for path in paths])
+
+
+def load_good_images(paths: Sequence[Path], image_size: int) -> tuple[dict[Path, Tensor], list[BadImageError]]:
+    """Return the images ``(3, image_size, image_size)``, uint8, that can be decoded, and why the others cannot."""
+    good: dict[Path, Tensor] = {}
+    bad = []
+    for path in paths:
+        try:
+            good[path] = decode_image(path, image_size)
+        except BadImageError as error:
+            bad.append(error)
+    return good, bad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from rich.progress import track
 
 from modmeta.adaptation import Adapted
 from modmeta.adapters.adapter_file import read_adapter
-from modmeta.commands.images import find_images, load_images
+from modmeta.commands.images import find_images, load_good_images
 from modmeta.commands.load import load
 from modmeta.commands.quiet import quiet
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.abstention import shipped_threshold
 from modmeta.files import write_atomically
 
+_SHOWN = 10  # refused images that are named on the terminal; all have their row
 COLUMNS = ("image", "class", "probability", "abstained")
 
 
@@ -38,20 +40,28 @@ def run(options: argparse.Namespace) -> int:
     table = io.StringIO(newline="")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
-    abstained = 0
+    abstained, bad = 0, []
     batches = [paths[start : start + options.batch_size] for start in range(0, len(paths), options.batch_size)]
     for batch in track(batches, description="predicting"):
-        images = load_images(batch, learner.model.backbone.image_size).to(learner.device)
-        with torch.no_grad():
-            best = learner.logits(adapted, images).softmax(-1).max(-1)
-        for path, p, index in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            unsure = p < threshold
-            abstained += unsure
-            name = path.relative_to(options.images).as_posix()
-            writer.writerow((name, adapted.classes[index], f"{p:.6f}", str(unsure).lower()))
+        good, refused = load_good_images(batch, learner.model.backbone.image_size)
+        bad += refused
+        answers: dict[Path, tuple[str, str, str]] = {Path(error.path): ("", "", "true") for error in refused}
+        if good:
+            with torch.no_grad():
+                best = learner.logits(adapted, torch.stack(list(good.values())).to(learner.device)).softmax(-1).max(-1)
+            for path, p, index in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
+                unsure = p < threshold
+                abstained += unsure
+                answers[path] = (adapted.classes[index], f"{p:.6f}", str(unsure).lower())
+        writer.writerows((path.relative_to(options.images).as_posix(), *answers[path]) for path in batch)
+    if len(bad) == len(paths):
+        raise bad[0]
+    for error in bad[:_SHOWN]:
+        print(f"no class: {error}", file=sys.stderr)
     write_atomically(options.output, table.getvalue().encode())
     below = f" below {threshold:.3f}" if calibrated else ""
-    print(f"{Path(options.output)}: {len(paths)} images, {abstained} abstained{below}")
+    unread = f", {len(bad)} that cannot be used and have no class" if bad else ""
+    print(f"{Path(options.output)}: {len(paths)} images, {abstained} abstained{below}{unread}")
     return 0
 
 

@@ -277,15 +277,28 @@ def test_an_adapter_of_another_training_is_refused(tiny_run: Run, capsys: pytest
     assert not Path("p.csv").exists()
 
 
-def test_an_image_that_cannot_be_decoded_stops_predict(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.fault(1, 3)
+def test_an_image_that_cannot_be_decoded_has_a_row_without_a_class(
+    tiny_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert adapt(tiny_run, tiny_run.support) == 0
+    good = next(tiny_run.support.rglob("*.png"))
     Path("broken").mkdir()
-    Path("broken/x.png").write_text("text")
+    Path("broken/b.png").write_text("text")
     capsys.readouterr()
     words = ["--checkpoint", str(tiny_run.checkpoint), "--adapter", "a.safetensors", "--images", "broken"]
     assert main(["predict", *words, "--output", "p.csv"]) == 2
-    assert "broken/x.png is no image of a known format" in capsys.readouterr().err
+    assert "broken/b.png is no image of a known format" in capsys.readouterr().err
     assert not Path("p.csv").exists()
+    for name in ("a", "c"):
+        shutil.copy(good, f"broken/{name}.png")
+    assert main(["predict", *words, "--output", "p.csv"]) == 0
+    shown = capsys.readouterr()
+    assert "no class: image broken/b.png is no image of a known format" in shown.err
+    assert "3 images, 0 abstained, 1 that cannot be used" in shown.out
+    first, broken, last = Path("p.csv").read_text().splitlines()[1:]
+    assert broken == "b.png,,,true"
+    assert first.removeprefix("a.png,") == last.removeprefix("c.png,")
 
 
 def tell_tale_support(run: Run, folder: Path) -> tuple[list[bytes], list[bytes]]:
