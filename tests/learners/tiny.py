@@ -22,6 +22,9 @@ UNITS = (
 )
 
 
+_OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def digits(**changes: Any) -> DomainDataModule:
     """Return a data module of which everything is small."""
     options: dict[str, Any] = {
@@ -69,9 +72,11 @@ def for_ranks() -> dict[str, str]:
     """Return the environment of a process that starts ranks.
 
     The port is one that no process is given by itself: one that is free now may be taken before all ranks are there.
+    What a trainer with several ranks has left in this process's own environment would make of that process a lone rank.
     """
+    own = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     port = str(20_000 + os.getpid() % 10_000)
-    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
+    return own | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
 
 
 @dataclass(frozen=True)
