@@ -37,7 +37,7 @@ from modmeta.adapters import State
 from modmeta.backbone import Site
 from modmeta.data import Episode
 from modmeta.learners.base import MetaLearner
-from modmeta.learners.measuring import episode_support
+from modmeta.learners.measuring import episode_ids, episode_support
 
 
 class PolicyAdaptation(MetaLearner):
@@ -198,12 +198,7 @@ class PolicyAdaptation(MetaLearner):
         return initial
 
     def _features(self, images: Tensor, state: State, plan: Plan, prior: Tensor) -> Tensor:
-        gates = plan.gate_of()
-        active = self.model.active(gates)
-        if not active:
-            return prior
-        start = self.model.cut_before(active)
-        return self.model(self._hidden(images, start, None), state, gates, start=start)
+        return self.features(images, state, plan) if plan.gate_of() else prior
 
     def _reading(self) -> list[str]:
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
@@ -232,7 +227,7 @@ class PolicyAdaptation(MetaLearner):
         plan = self.plan(situation)
         plans = candidates(plan, self._reading())
         measured = measure(plans, **self._evidence(plans, plan, support, situation.features))
-        ids = episode.query_ids if episode.shift is None else None
+        _, ids = episode_ids(episode)
         prior = self.fit_head(situation.features, support)(self.prior_features(episode.query, ids))
         before = tempered_losses(prior, episode.query_labels)
         gains = {}

@@ -148,6 +148,12 @@ def expected_calibration_error(bins: Tensor) -> Tensor:
     return (bins[..., 1] - bins[..., 2]).abs().sum(-1) / total
 
 
+def bootstrap_interval(value: float, resampled: Tensor) -> tuple[float, float, float]:
+    """Return a figure and its 95 % interval, the percentiles of what it is in resamples ``(n,)``."""
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    return value, min(low, value), max(high, value)
+
+
 def _ece_interval(bins: Tensor) -> tuple[float, float, float]:
     value = float(expected_calibration_error(bins.sum(0)))
     generator = torch.Generator().manual_seed(0)
@@ -156,8 +162,7 @@ def _ece_interval(bins: Tensor) -> tuple[float, float, float]:
         1, picks, torch.ones_like(picks, dtype=bins.dtype)
     )
     resampled = expected_calibration_error((weights @ bins.flatten(1)).unflatten(1, (_BINS, 3)))
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=bins.dtype)).tolist()
-    return value, min(low, value), max(high, value)
+    return bootstrap_interval(value, resampled)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:

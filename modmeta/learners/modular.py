@@ -30,7 +30,7 @@ from modmeta.adapters import UnitConfig
 from modmeta.data import Episode
 from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.learners.adapting import PolicyAdaptation
-from modmeta.learners.measuring import episode_support
+from modmeta.learners.measuring import episode_ids, episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig, datamodule_of
 from modmeta.learners.transfer import take_policy
 from modmeta.learners.warm_start import start_from_table, table_for
@@ -178,7 +178,7 @@ class ModularMetaLearner(PolicyAdaptation):
         state, _ = self.carry_out(plan, support)
         features = self._features(support.images, state, plan, situation.features)
         adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
-        ids = episode.query_ids if episode.shift is None else None
+        _, ids = episode_ids(episode)
         logits = self.logits(adapted, episode.query)
         after = self.query_loss(logits, episode.query_labels)
         prior = self.fit_head(situation.features, support)(self.prior_features(episode.query, ids))

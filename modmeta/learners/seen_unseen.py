@@ -11,7 +11,7 @@ from torchmetrics import CatMetric
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from modmeta.adaptation.bilinear import harmonic_mean
-from modmeta.learners.metrics import EpisodeMetrics, Result, interval
+from modmeta.learners.metrics import EpisodeMetrics, Result, bootstrap_interval, interval
 
 KINDS = ("seen_accuracy", "unseen_accuracy")
 _ABSENT = -1.0
@@ -101,5 +101,4 @@ def harmonic_interval(values: Tensor) -> tuple[float, float, float]:
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(values), (_RESAMPLES, len(values)), generator=generator)
     resampled = harmonic_mean(*values[picks].mean(1).unbind(1))
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return value, min(low, value), max(high, value)
+    return bootstrap_interval(value, resampled)
