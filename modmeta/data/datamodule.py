@@ -67,6 +67,8 @@ class DomainDataModule(LightningDataModule):
         test_episodes: test episodes per domain and number of shots.
         shift_share: share of the training episodes that go through a simulated shift.
         held_out_shifts: families of simulated shifts that training never uses.
+        augment: how far each training image is turned, stretched, slanted and moved on its own, in 0..1; source
+            batches too.
         source_share: share of each class in each training domain that source batches and source
             statistics use; episodes then use the rest. With 1 both use everything.
         batch_size: images in a source batch, over all devices.
@@ -110,6 +112,7 @@ class DomainDataModule(LightningDataModule):
         test_episodes: int = 200,
         shift_share: float = 0.5,
         held_out_shifts: Sequence[str] = HELD_OUT_SHIFTS,
+        augment: float = 0.0,
         source_share: float = 1.0,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -154,7 +157,9 @@ class DomainDataModule(LightningDataModule):
         source_pool, train_pool = share_pool(pool, hparams["source_share"], seed)
         present = {name for by_class in train_pool.values() for name in by_class}
         self.classes = tuple(name for name in sides["train"].classes if name in present)
-        self._source = SourceImages(self.store, source_pool, self.classes, hparams["batch_size"], seed)
+        self._source = SourceImages(
+            self.store, source_pool, self.classes, hparams["batch_size"], seed, hparams["augment"]
+        )
         self._draws = self._make_draws(sides, train_pool)
         if hparams["mix_domains"]:
             self.val_domains, self.test_domains = (MIXED,), (MIXED,) if self.test_domains else ()
@@ -259,8 +264,11 @@ class DomainDataModule(LightningDataModule):
         train_pool = mix(train_pool)
         check_pool("train", train_pool, ways, shots[1], queries)
         draws: dict[str, EpisodeDraw] = {
-            "train": TrainingEpisodes(self.store, train_pool, ways, queries, used, hparams["shift_share"], seed, shots)
-        }
+            "train": TrainingEpisodes(
+                self.store, train_pool, ways, queries, used, hparams["shift_share"], seed, shots,
+                augment=hparams["augment"],
+            )
+        }  # fmt: skip
         ways = _range(hparams["eval_ways"]) or ways
         for side in (sides["val"], sides["test"]):
             simulated = side.name == "val" and not hparams["val_domains"]
@@ -291,8 +299,9 @@ class DomainDataModule(LightningDataModule):
             raise ModmetaError(f"eval_shots={hparams['eval_shots']} must hold numbers from 1 up, or 0 for no images")
         if not 0 < hparams["source_share"] <= 1:
             raise ModmetaError(f"source_share={hparams['source_share']} must lie above 0 and not above 1")
-        if not 0 <= hparams["shift_share"] <= 1:
-            raise ModmetaError(f"shift_share={hparams['shift_share']} must lie in 0..1")
+        for name in ("shift_share", "augment"):
+            if not 0 <= hparams[name] <= 1:
+                raise ModmetaError(f"{name}={hparams[name]} must lie in 0..1")
 
 
 def _as_it_is(pool: Pool) -> Pool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from modmeta.data.augment import AUGMENTED, deform
 from modmeta.data.episode import Episode
 from modmeta.data.images import ImageStore
 from modmeta.data.seeding import rng
@@ -32,6 +33,7 @@ class EpisodeDraw(ABC):
         shifts: the families that a simulated shift is drawn from.
         shift_share: the probability that an episode goes through a simulated shift.
         seed: fixes everything.
+        augment: how far each image is deformed on its own, in 0..1.
     """
 
     store: ImageStore
@@ -41,6 +43,7 @@ class EpisodeDraw(ABC):
     shifts: tuple[str, ...]
     shift_share: float
     seed: int
+    augment: float = field(default=0.0, kw_only=True)
 
     @abstractmethod
     def __getitem__(self, index: int) -> Episode:
@@ -54,27 +57,30 @@ class EpisodeDraw(ABC):
             classes = [classes[i] for i in random.permutation(len(classes))[:ways]]
         # Queries come first, here and below, so that the same draw with more shots has the same queries,
         # their simulated noise included, and keeps the support that it had.
-        dealt = [random.permutation(by_class[name])[: self.queries + shots] for name in classes]
-        query_ids = torch.from_numpy(np.concatenate([rows[: self.queries] for rows in dealt]))
-        support_ids = torch.from_numpy(np.concatenate([rows[self.queries :] for rows in dealt]))
-        images = self.store.load(torch.cat([query_ids, support_ids]))
+        dealt = np.stack([random.permutation(by_class[name])[: self.queries + shots] for name in classes])
+        ids = torch.from_numpy(np.concatenate([dealt[:, : self.queries].ravel(), dealt[:, self.queries :].ravel()]))
+        images = self.store.load(ids)
+        count = len(classes) * self.queries
         shift, strength = None, 0.0
+        if self.augment:
+            shift, strength = AUGMENTED, self.augment
+            images = deform(images, self.augment, random)
         if self.shifts and random.random() < self.shift_share:
             shift = self.shifts[random.integers(len(self.shifts))]
             strength = float(random.uniform(WEAKEST_SHIFT, 1))
             images = apply_shift(shift, images, strength, seed=int(random.integers(2**63)))
-        labels = torch.arange(len(classes))
+        labels = np.arange(len(classes))
         return Episode(
             index=index,
             domain=domain,
             classes=tuple(classes),
             shots=shots,
-            support=images[len(query_ids) :],
-            support_labels=labels.repeat_interleave(shots),
-            support_ids=support_ids,
-            query=images[: len(query_ids)],
-            query_labels=labels.repeat_interleave(self.queries),
-            query_ids=query_ids,
+            support=images[count:],
+            support_labels=torch.from_numpy(labels.repeat(shots)),
+            support_ids=ids[count:],
+            query=images[:count],
+            query_labels=torch.from_numpy(labels.repeat(self.queries)),
+            query_ids=ids[:count],
             shift=shift,
             strength=strength,
         )

@@ -29,8 +29,9 @@ class Episode:
         query: images ``(Q, 3, H, W)``, uint8.
         query_labels: ``(Q,)``, int64.
         query_ids: ``(Q,)``, int64, rows of the image store.
-        shift: the simulated shift that all images went through, or None for the images as they are
-            on disk. Only in the latter case do the ids identify the pixels, as caches need it.
+        shift: the simulated shift that all images went through, ``augmented`` if each was only deformed on its own,
+            or None for the images as they are on disk. Only in the last case do the ids identify the pixels, as
+            caches need it.
         strength: the strength of that shift in 0..1.
     """
 

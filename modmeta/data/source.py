@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modmeta.data.augment import deform
 from modmeta.data.episode import SourceBatch
 from modmeta.data.images import ImageStore
 from modmeta.data.seeding import rng
@@ -28,6 +29,7 @@ class SourceImages:
         classes: label ``i`` means ``classes[i]``.
         batch_size: images in a batch over all ranks.
         seed: fixes the batches.
+        augment: how far each image of a batch is deformed on its own, in 0..1.
     """
 
     store: ImageStore
@@ -35,6 +37,7 @@ class SourceImages:
     classes: Sequence[str]
     batch_size: int
     seed: int
+    augment: float = 0.0
 
     @cached_property
     def _cells(self) -> list[tuple[int, int, np.ndarray]]:
@@ -51,8 +54,11 @@ class SourceImages:
         chosen = random.integers(len(self._cells), size=self.batch_size)[rank::world]
         places = random.random(self.batch_size)[rank::world]
         drawn = [(*self._cells[cell], place) for cell, place in zip(chosen, places, strict=True)]
+        images = self.store.load([int(rows[int(place * len(rows))]) for _, _, rows, place in drawn])
+        if self.augment:
+            images = deform(images, self.augment, rng(self.seed, "augment", step, rank))
         return SourceBatch(
-            images=self.store.load([int(rows[int(place * len(rows))]) for _, _, rows, place in drawn]),
+            images=images,
             labels=torch.tensor([label for _, label, _, _ in drawn]),
             domains=torch.tensor([domain for domain, _, _, _ in drawn]),
         )

@@ -4,6 +4,7 @@ from modmeta.learners.alignment import ALIGNMENTS, AlignmentConfig
 from modmeta.learners.amortized import AmortizedLearner
 from modmeta.learners.base import MetaLearner
 from modmeta.learners.checkpoint_io import AtomicCheckpointIO
+from modmeta.learners.cosine_decay import CosineDecay
 from modmeta.learners.gradient import GradientLearner
 from modmeta.learners.loading import load_learner, read_checkpoint
 from modmeta.learners.memory import MemoryLearner
@@ -21,6 +22,7 @@ __all__ = [
     "AmortizedLearner",
     "AtomicCheckpointIO",
     "BackboneConfig",
+    "CosineDecay",
     "EpisodeMetrics",
     "GradientLearner",
     "MemoryLearner",
