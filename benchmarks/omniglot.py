@@ -7,7 +7,8 @@ alphabets ("mixed") and on episodes within one alphabet each, all with the confi
 same learner with its random initial values, is tested on the first of the mixed episodes. Writes ``results.json``,
 ``table.md``, and ``curves.png``: accuracy on an alphabet that is neither trained on nor tested on, from the untrained
 self on. A method that was done before is not run again, so a run that was stopped goes on. Processor seconds are those
-of the fit alone, user and system.
+of the fit alone, user and system. The source phase, which the gradient and memory methods have in common, is run once
+(``source.safetensors``); its seconds are in those of every method that begins with it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from modmeta.commands.arguments import Arguments
@@ -30,7 +32,7 @@ from modmeta.commands.fit import CommandLine
 from modmeta.commands.quiet import quiet
 from modmeta.data import DomainDataModule, ImageStore
 from modmeta.files import write_atomically
-from modmeta.learners import MetaLearner
+from modmeta.learners import BackboneConfig, MetaLearner, SourceLearner
 from modmeta.learners.measuring import episode_support
 from modmeta.learners.metrics import interval
 
@@ -97,21 +99,53 @@ class Curve(Callback):
 
 def measured(method: str, store: ImageStore | None, options: argparse.Namespace) -> tuple[Row, ImageStore]:
     """Fit and test a method; return what is known of it, and the images for the next one."""
-    words = ["--config", str(CONFIGS / f"{method}.yaml"), "--data.root", str(options.root), "--name", method]
-    cli = CommandLine(Arguments.parse([*words, "--trainer.limit_val_batches", "0", *options.options]))
-    learner, data, curve = cli.model, cli.datamodule, Curve()
+    cli, curve, shared = command_line(method, options, []), Curve(), 0.0
     if store is not None:
-        data.store = store
-    data.setup()
-    rows = tested(learner, tests_of(data, "mixed", options), f"{method}, untrained", "mixed", options.untrained)
-    curve.add(learner, data, 0)
+        cli.datamodule.store = store
+    cli.datamodule.setup()
+    tests = tests_of(cli.datamodule, "mixed", options)
+    rows = tested(cli.model, tests, f"{method}, untrained", "mixed", options.untrained)
+    curve.add(cli.model, cli.datamodule, 0)
+    if cli.model.source_epochs:
+        shared, words = source_phase(cli)
+        cli = command_line(method, options, words)
+        cli.datamodule.store = tests.store
+    learner, data = cli.model, cli.datamodule
     cli.trainer.callbacks.append(curve)
     begin = time.process_time()
     cli.trainer.fit(learner, data)
-    seconds = time.process_time() - begin - curve.seconds
+    seconds = shared + time.process_time() - begin - curve.seconds
     for protocol in options.protocols:
         rows += tested(learner, tests_of(data, protocol, options), method, protocol, options.episodes)
     return {"rows": rows, "seconds": seconds, "curve": curve.points, "seed": data.hparams["seed"]}, data.store
+
+
+def command_line(method: str, options: argparse.Namespace, words: list[str]) -> CommandLine:
+    """Return learner, data and trainer of a method."""
+    given = ["--config", str(CONFIGS / f"{method}.yaml"), "--data.root", str(options.root), "--name", method]
+    return CommandLine(Arguments.parse([*given, "--trainer.limit_val_batches", "0", *options.options, *words]))
+
+
+def source_phase(cli: CommandLine) -> tuple[float, list[str]]:
+    """Train the backbone as a method's source phase does, unless it has been; return CPU seconds and the options."""
+    weights, record = Path("source.safetensors"), Path("source.json")
+    source, backbone = cli.model.source, cli.config["model"]["init_args"]["backbone"]
+    drawn = {name: cli.datamodule.hparams[name] for name in ("augment", "batch_size", "steps_per_epoch", "seed")}
+    settings = {"source": repr(source), "backbone": repr(backbone.as_dict()), **drawn}
+    if not record.exists() or json.loads(record.read_text())["settings"] != settings:
+        learner = SourceLearner(BackboneConfig(**backbone.as_dict()), source)
+        trainer = Trainer(max_epochs=source.epochs, accelerator="cpu", logger=CSVLogger("runs", "source"),
+                          enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip
+        begin = time.process_time()
+        trainer.fit(learner, cli.datamodule)
+        seconds = time.process_time() - begin
+        weights.write_bytes((Path(str(trainer.log_dir)) / "backbone.safetensors").read_bytes())
+        write_atomically(record, json.dumps({"settings": settings, "seconds": seconds}, indent=1).encode())
+    epochs = cli.trainer.max_epochs - source.epochs
+    changes = {"model.init_args.source.epochs": 0, "trainer.max_epochs": epochs,
+               "model.init_args.backbone.pretrained": weights.resolve()}  # fmt: skip
+    words = [str(word) for key, value in changes.items() for word in (f"--{key}", value)]
+    return json.loads(record.read_text())["seconds"], words
 
 
 def tests_of(data: DomainDataModule, protocol: str, options: argparse.Namespace) -> DomainDataModule:

@@ -52,7 +52,7 @@ class LearnerSystem(System):
             _check_comparable(own, learner, path)
         if self.shuffled and not isinstance(own, ModularMetaLearner):
             raise ModmetaError("learner: only a ModularMetaLearner has indicators to shuffle; leave shuffled out")
-        own = _view(own)
+        own = view_of(own)
         for name, value in self.overrides.items():
             _override(own, name, value)
         super().prepare(own)
@@ -68,13 +68,7 @@ class LearnerSystem(System):
 
     def adapt(self, task: Task) -> Outcome:
         """Let the learner adapt."""
-        learner = self.learner
-        if self.shuffled:
-            assert isinstance(learner, ModularMetaLearner)
-            if task.another is None:
-                raise ModmetaError("learner: shuffled needs another episode of the comparison, and there is none")
-            learner = _view(learner)
-            learner._modules["indicators"] = _Fixed(*learner.indicators(learner.situate(task.another())))
+        learner = self.learner_for(task)
         adapted = learner.adapt(task.support)
         active = learner.model.active(adapted.plan.gate_of())
         return Outcome(
@@ -83,8 +77,19 @@ class LearnerSystem(System):
             learner_backward_macs(learner, task.support, adapted),
         )
 
+    def learner_for(self, task: Task) -> MetaLearner:
+        """Return the learner that is to adapt to a task."""
+        if not self.shuffled:
+            return self.learner
+        assert isinstance(self.learner, ModularMetaLearner)
+        if task.another is None:
+            raise ModmetaError("learner: shuffled needs another episode of the comparison, and there is none")
+        learner = view_of(self.learner)
+        learner._modules["indicators"] = FixedIndicators(*learner.indicators(learner.situate(task.another())))
+        return learner
 
-class _Fixed(nn.Module):
+
+class FixedIndicators(nn.Module):
     """Indicators that do not depend on the situation."""
 
     needs: frozenset[str] = frozenset()
@@ -95,6 +100,7 @@ class _Fixed(nn.Module):
         self.values = whole, each
 
     def forward(self, situation: object, generator: object = None) -> tuple[Tensor, Tensor]:
+        """Return the values, whatever the situation is."""
         return self.values
 
 
@@ -107,7 +113,7 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
     if not isinstance(learner, ModularMetaLearner) or "privacy" in adapted.report:
         return total  # a private adaptation asks neither indicators nor veto
     total += backward_macs(model, model.units, count, learner.indicators.backward_passes)
-    if learner.veto:
+    if learner.veto and learner.veto_folds:  # without folds it measures only plans that take no gradient
         plan = Plan.from_dict(adapted.report["plan"])
         known = bool(learner.sources.view(support.hidden).anchor(support.classes).known.all())
         folds = stratified_folds(support.labels, learner.veto_folds, known and learner.head.anchored)
@@ -122,7 +128,7 @@ def _weights(backbone: Backbone) -> str:
     return fingerprint(backbone.name.partition(".")[0], backbone.tensors(), backbone.preprocessing)
 
 
-def _view(learner: L) -> L:
+def view_of(learner: L) -> L:
     """Return a learner with the same parts whose attributes can be set without changing the original's."""
     view = copy.copy(learner)
     view._modules = dict(learner._modules)
