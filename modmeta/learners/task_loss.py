@@ -204,6 +204,20 @@ class TaskLossLearner(MetaLearner):
         _, *rest = super().configure_optimizers()
         return [torch.optim.Adam(self.meta_parameters(), lr=self.learning_rate), *rest]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the execution backend has chosen."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["execution"] = self.execution.choice
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not fit, and let the execution backend abide by its choice.
+
+        Raises:
+            ModmetaError: saying what was found and what was expected.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self.execution.choice = checkpoint.get("execution")
+
     # ------------------------------------------------------------------ adaptation
 
     def adapt(self, support: Support) -> Adapted:

@@ -11,6 +11,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import config
 from torch.nn import functional as F
 
 from modmeta.adaptation.execution import EXECUTIONS, Compiled, Execution, Loop, Task, TaskLoss, Vmap
@@ -146,9 +148,31 @@ def test_a_traced_graph_equals_the_loop_by_hand(algorithm: str, norm: str) -> No
     agree(Compiled("eager", workers=1), task_loss(algorithm, norm, steps=1), tasks(2))
 
 
-def test_compiled_code_equals_the_loop_by_hand() -> None:
-    # The compiler takes seconds: one cell, second order through batch norm, goes all the way, and all cells are traced.
-    agree(Compiled(), task_loss("maml", "batch", steps=1), tasks(2), start(blocks=1))
+@pytest.mark.parametrize(
+    ("algorithm", "norm"),
+    [("maml", "batch"), ("fomaml", "group"), ("anil", "layer"), ("meta_sgd", "none"), ("reptile", "batch")],
+)
+def test_compiled_code_equals_the_loop_by_hand(algorithm: str, norm: str) -> None:
+    """Every algorithm and every norm once, not every pair: the compiler takes seconds. All pairs are traced above."""
+    agree(Compiled(), task_loss(algorithm, norm, steps=1), tasks(1), start(blocks=1))
+
+
+def test_compiled_code_reads_outer_tensors_when_it_runs_and_may_be_cached() -> None:
+    outer, counts = torch.ones(2, dtype=torch.double), counters["inductor"]
+    bypassed = counts["fxgraph_cache_bypass"]
+
+    def loss(parameters: Mapping[str, Tensor], task: Task) -> Tensor:
+        return (parameters["bias"] ** 2).sum() * outer.prod()
+
+    execution = Compiled()
+    once, _ = execution.meta_gradient(loss, start(), tasks(1))
+    outer.fill_(3.0)
+    again, _ = execution.meta_gradient(loss, start(), tasks(1))
+    torch.testing.assert_close(again, 9 * once)
+    outer.fill_(2.0)
+    elsewhere, _ = Compiled().meta_gradient(loss, start(), tasks(1))
+    torch.testing.assert_close(elsewhere, 4 * once)
+    assert counts["fxgraph_cache_bypass"] == bypassed
 
 
 def test_compiled_keeps_one_graph_per_loss_and_set_of_shapes() -> None:
@@ -243,10 +267,9 @@ def test_a_loss_that_looks_at_values_is_refused_in_one_line(execution: Execution
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    with pytest.raises(ModmetaError, match=r"install a C\+\+ compiler") as caught:
+def test_a_missing_compiler_is_one_line() -> None:
+    without = config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with without, pytest.raises(ModmetaError, match=r"install a C\+\+ compiler") as caught:
         Compiled().meta_gradient(lambda parameters, task: (parameters["bias"] ** 2).sum(), start(), tasks(1))
     assert "\n" not in str(caught.value)
 

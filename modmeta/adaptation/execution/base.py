@@ -17,7 +17,12 @@ class Execution(ABC):
     """Turns the loss of one task into the meta-gradient of a batch of tasks.
 
     All backends compute the same numbers and differ in time and memory alone.
+
+    Attributes:
+        choice: what a backend has decided by itself and a resumed run has to abide by; None where nothing is decided.
     """
+
+    choice: str | None = None
 
     @abstractmethod
     def meta_gradient(

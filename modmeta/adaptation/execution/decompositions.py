@@ -44,6 +44,24 @@ def convolution_backward(
     return None, own, rows.sum(0) if wanted[2] else None
 
 
+def max_pool2d_with_indices(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1), ceil: bool = False,
+) -> Any:  # fmt: skip
+    """Return the largest of every 2x2 window, and where it is.
+
+    A compiler writes down what the operation proper pools, a map that is kept for the gradient; this it computes anew.
+    """
+    if not _halves(x, kernel, stride or kernel, padding, dilation, ceil):
+        return NotImplemented
+    rows, columns = x.shape[2] // 2, x.shape[3] // 2
+    a, b, c, d = _corners(x, rows, columns)
+    row, column = (2 * torch.arange(size, device=x.device) for size in (rows, columns))
+    place = _first_largest(x, rows, columns, torch.long)
+    indices = (row[:, None] + place // 2) * x.shape[3] + column + place % 2
+    return torch.maximum(torch.maximum(a, b), torch.maximum(c, d)), indices
+
+
 def max_pool2d_with_indices_backward(
     gradient: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], ceil: bool, indices: Tensor,
@@ -52,7 +70,7 @@ def max_pool2d_with_indices_backward(
 
     The indices would say so, too, but a compiler works them out anew for every pixel, at a multiple of the price.
     """
-    if x.ndim != 4 or {*kernel, *stride} != {2} or any(padding) or set(dilation) != {1} or ceil:
+    if not _halves(x, kernel, stride, padding, dilation, ceil):
         return NotImplemented
     (height, width), (rows, columns) = x.shape[2:], gradient.shape[2:]
 
@@ -61,13 +79,28 @@ def max_pool2d_with_indices_backward(
         own = own.reshape(len(x), 2 * rows, 2 * columns, x.shape[1]).permute(0, 3, 1, 2)
         return F.pad(own, (0, width - 2 * columns, 0, height - 2 * rows), value=rest)
 
-    a, b, c, d = (x[:, :, row : 2 * rows : 2, column : 2 * columns : 2] for row in (0, 1) for column in (0, 1))
-    upper, left, low = torch.maximum(a, b) >= torch.maximum(c, d), a >= b, c >= d
-    zero, one, two, three = torch.arange(4, device=x.device, dtype=x.dtype)
-    largest = torch.where(upper, torch.where(left, zero, one), torch.where(low, two, three))
+    largest = _first_largest(x, rows, columns, x.dtype)
     row, column = (torch.arange(size, device=x.device) % 2 for size in (height, width))
     places = (2 * row[:, None] + column).to(x.dtype)
     return torch.where(spread(largest, -1.0) == places, spread(gradient, 0.0), 0.0)
+
+
+def _halves(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil: bool
+) -> bool:
+    return x.ndim == 4 and {*kernel, *stride} == {2} and not any(padding) and set(dilation) == {1} and not ceil
+
+
+def _corners(x: Tensor, rows: int, columns: int) -> list[Tensor]:
+    return [x[:, :, row : 2 * rows : 2, column : 2 * columns : 2] for row in (0, 1) for column in (0, 1)]
+
+
+def _first_largest(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return which pixel of each window is its first largest, 0..3, ``(B, C, rows, columns)``."""
+    a, b, c, d = _corners(x, rows, columns)
+    upper, left, low = torch.maximum(a, b) >= torch.maximum(c, d), a >= b, c >= d
+    zero, one, two, three = torch.arange(4, device=x.device, dtype=dtype)
+    return torch.where(upper, torch.where(left, zero, one), torch.where(low, two, three))
 
 
 def _plain(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool:
@@ -88,5 +121,5 @@ def _patches(x: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
 
 TABLE: dict[Any, Callable[..., Any]] = {
     getattr(aten, function.__name__).default: function
-    for function in (convolution, convolution_backward, max_pool2d_with_indices_backward)
+    for function in (convolution, convolution_backward, max_pool2d_with_indices, max_pool2d_with_indices_backward)
 }
