@@ -218,6 +218,7 @@ def plot(done: dict[str, Row], path: Path) -> None:
         panel.axhline(20, color="grey", linestyle=":", label="chance")
         panel.set(title=f"5-way {shots}-shot", xlabel="training episodes")
         panel.set_xscale("symlog", linthresh=100)
+        panel.set_xlim(left=-10)
     panels[0].set_ylabel("accuracy on the validation alphabet, %")
     panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
