@@ -7,7 +7,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from modmeta.data.shifts.geometry import warp_each
 
 AUGMENTED = "augmented"
 """Stands for a simulated shift in an :class:`~modmeta.data.Episode` whose images were only changed one by one."""
@@ -28,8 +29,7 @@ def deform(images: Tensor, strength: float, random: np.random.Generator) -> Tens
     angle, slant = angle * math.radians(15), slant * 0.2
     wide, high = 1 + 0.15 * wide, 1 + 0.15 * high
     cos, sin = np.cos(angle), np.sin(angle)
+    # An image spans -1..1: 0.1 is a twentieth of its side.
     rows = [[cos * wide, slant - sin * high, 0.1 * left], [sin * wide, cos * high, 0.1 * up]]
-    places = torch.from_numpy(np.array(rows, dtype=np.float32)).permute(2, 0, 1)  # an image spans -1..1
-    grid = F.affine_grid(places, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return moved.round_().to(torch.uint8)
+    places = torch.from_numpy(np.array(rows, dtype=np.float32)).permute(2, 0, 1)
+    return warp_each(images.float(), places).round_().to(torch.uint8)

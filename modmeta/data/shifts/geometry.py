@@ -13,15 +13,24 @@ from modmeta.data.shifts.registry import register_shift
 
 
 def warp(images: Tensor, matrix: list[list[float]]) -> Tensor:
+    """Resample images ``(B, C, H, W)`` at affinely moved places, the same ones for all.
+
+    Args:
+        images: float images.
+        matrix: 2 x 3, see :func:`warp_each`.
+    """
+    return warp_each(images, torch.tensor([matrix], dtype=images.dtype))
+
+
+def warp_each(images: Tensor, places: Tensor) -> Tensor:
     """Resample images ``(B, C, H, W)`` at affinely moved places.
 
     Args:
         images: float images.
-        matrix: 2 x 3, from places in the result to places in ``images``; an image spans -1..1. What
-            lies outside is the nearest border pixel, so that no shift is given away by a black rim.
+        places: ``(B, 2, 3)``, or ``(1, 2, 3)`` for all, from places in the result to places in ``images``; an image
+            spans -1..1. What lies outside is the nearest border pixel, so that no shift is given away by a black rim.
     """
-    theta = torch.tensor([matrix], dtype=images.dtype)
-    grid = nnF.affine_grid(theta, [1, *images.shape[1:]], align_corners=False)
+    grid = nnF.affine_grid(places, [len(places), *images.shape[1:]], align_corners=False)
     grid = grid.expand(len(images), -1, -1, -1)
     return nnF.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
