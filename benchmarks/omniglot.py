@@ -139,7 +139,7 @@ def source_phase(cli: CommandLine) -> tuple[float, list[str]]:
         begin = time.process_time()
         trainer.fit(learner, cli.datamodule)
         seconds = time.process_time() - begin
-        weights.write_bytes((Path(str(trainer.log_dir)) / "backbone.safetensors").read_bytes())
+        write_atomically(weights, (Path(str(trainer.log_dir)) / "backbone.safetensors").read_bytes())
         write_atomically(record, json.dumps({"settings": settings, "seconds": seconds}, indent=1).encode())
     epochs = cli.trainer.max_epochs - source.epochs
     changes = {"model.init_args.source.epochs": 0, "trainer.max_epochs": epochs,

@@ -77,6 +77,12 @@ class MetaLearner(EpisodeMeasuring):
         """Epochs of source training; the data module gives source batches in these."""
         return self.source.epochs
 
+    def episode_step(self, batch_idx: int) -> tuple[int, int]:
+        """Return the number of a step among those on episodes, below 0 in source training, and how many there are."""
+        per_epoch = int(self.trainer.num_training_batches)
+        epochs = (self.trainer.max_epochs or 1) - self.source_epochs
+        return (self.current_epoch - self.source_epochs) * per_epoch + batch_idx, epochs * per_epoch
+
     def meta_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that episodes train."""
         own = {id(parameter) for parameter in self.model.backbone.parameters()}

@@ -32,9 +32,7 @@ class CosineDecay(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the rate of this step."""
         assert isinstance(pl_module, MetaLearner)
-        per_epoch = int(trainer.num_training_batches)
-        total = (int(trainer.max_epochs or 0) - pl_module.source_epochs) * per_epoch
-        step = (trainer.current_epoch - pl_module.source_epochs) * per_epoch + batch_idx
+        step, total = pl_module.episode_step(batch_idx)
         if 0 <= step < total:
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] = pl_module.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total))

@@ -117,11 +117,9 @@ class ReptileLearner(TaskLossLearner):
         """Take one step at the outer rate of the moment."""
         optimizers = self.optimizers()
         first = optimizers[0] if isinstance(optimizers, list) else optimizers
-        per_epoch = int(self.trainer.num_training_batches)
-        epochs = (self.trainer.max_epochs or 1) - self.source_epochs
-        done = (self.current_epoch - self.source_epochs) * per_epoch + batch_idx
+        step, total = self.episode_step(batch_idx)
         for group in first.param_groups:
-            group["lr"] = self.learning_rate * (1 - done / max(epochs * per_epoch, 1))
+            group["lr"] = self.learning_rate * (1 - step / max(total, 1))
         super().training_step(batch, batch_idx)
 
     def _train(

@@ -12,6 +12,7 @@ from torch import Tensor
 from modmeta.adaptation import SourceView, Support
 from modmeta.data import Episode
 from modmeta.learners import MetaLearner
+from modmeta.learners.measuring import episode_ids
 from modmeta.registry import Registry
 
 SYSTEMS: Registry[type[System]] = Registry("system")
@@ -41,9 +42,10 @@ class Task:
         self.episode = episode
         self.support = support
         self.another = another
-        self.query_ids = None if episode.shift is not None else episode.query_ids
-        """Rows of the image store whose pixels the query's images are; None where no row's pixels are."""
-        self._support_ids = None if episode.shift is not None else episode.support_ids
+        self._support_ids: Tensor | None
+        self.query_ids: Tensor | None
+        self._support_ids, self.query_ids = episode_ids(episode)
+        """Rows of the image store whose pixels the images are; None where no row's pixels are."""
         self.forward_images = 0
         """Support images that the running system has had frozen features of; they are charged to its time."""
 
