@@ -52,7 +52,7 @@ class DigitsDomains(ImageStore):
 
     def load(self, ids: Ids) -> Tensor:
         """Return the images of some rows, ``(n, 3, image_size, image_size)``, uint8."""
-        images = self._images[torch.as_tensor(ids)]
+        images = self._images.index_select(0, torch.as_tensor(ids))
         if self.image_size == SIDE:
             return images
         return F.resize(images, [self.image_size] * 2, InterpolationMode.BILINEAR, antialias=True)

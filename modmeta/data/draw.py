@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,16 +50,21 @@ class EpisodeDraw(ABC):
     def __getitem__(self, index: int) -> Episode:
         """Return episode ``index``."""
 
+    @cached_property
+    def _classes(self) -> dict[str, tuple[str, ...]]:
+        return {domain: tuple(by_class) for domain, by_class in self.pool.items()}
+
     def _draw(self, index: int, random: np.random.Generator, domain: str, shots: int) -> Episode:
-        by_class = self.pool[domain]
-        classes = list(by_class)
+        by_class, classes = self.pool[domain], self._classes[domain]
         if self.ways is not None:
             ways = int(random.integers(self.ways[0], self.ways[1] + 1))
-            classes = [classes[i] for i in random.permutation(len(classes))[:ways]]
+            classes = tuple(classes[i] for i in random.permutation(len(classes))[:ways].tolist())
         # Queries come first, here and below, so that the same draw with more shots has the same queries,
         # their simulated noise included, and keeps the support that it had.
-        dealt = np.stack([random.permutation(by_class[name])[: self.queries + shots] for name in classes])
-        ids = torch.from_numpy(np.concatenate([dealt[:, : self.queries].ravel(), dealt[:, self.queries :].ravel()]))
+        dealt = [random.permutation(by_class[name]) for name in classes]
+        queries = [rows[: self.queries] for rows in dealt]
+        support = [rows[self.queries : self.queries + shots] for rows in dealt]
+        ids = torch.from_numpy(np.concatenate(queries + support))
         images = self.store.load(ids)
         count = len(classes) * self.queries
         shift, strength = None, 0.0
@@ -73,7 +79,7 @@ class EpisodeDraw(ABC):
         return Episode(
             index=index,
             domain=domain,
-            classes=tuple(classes),
+            classes=classes,
             shots=shots,
             support=images[count:],
             support_labels=torch.from_numpy(labels.repeat(shots)),
