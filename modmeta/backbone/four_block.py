@@ -34,10 +34,14 @@ class BatchStatisticsNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` with mean ``bias`` and deviation ``weight`` in every channel."""
-        centred = x - x.mean((0, 2, 3), keepdim=True)
-        variance = (centred * centred).mean((0, 2, 3), keepdim=True)
+        mean = x.mean((0, 2, 3), keepdim=True)
+        # A variance is the same whatever constant is taken off first. Off comes the mean's value; `zero` carries its
+        # gradient, which so takes no pass over the maps that the gradients to weight and bias do not take anyway.
+        constant = mean.detach()
+        centred, zero = x - constant, mean - constant
+        variance = (centred * centred).mean((0, 2, 3), keepdim=True) - zero * zero
         scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
-        return centred * scale + self.bias[:, None, None]
+        return centred * scale + (self.bias[:, None, None] - zero * scale)
 
 
 class ConvBlock(nn.Module):

@@ -29,6 +29,9 @@ class GradientLearner(TaskLossLearner):
       Networks", ICML 2017);
     * only the head: ANIL (Raghu et al., "Rapid Learning or Feature Reuse?", ICLR 2020);
     * all but the head: BOIL (Oh et al., "BOIL: Towards Representation Change for Few-shot Learning", ICLR 2021);
+    * the head starts from zero: the zeroing trick (Kao et al., "MAML is a Noisy Contrastive Learner in
+      Classification", ICLR 2022). One learned row for all labels, as UNICORN-MAML has it (Ye and Chao, "How to Train
+      Your MAML to Excel in Few-Shot Classification", ICLR 2022), is the same: a softmax sees differences alone;
     * the head starts from class means: Proto-MAML (Triantafillou et al., "Meta-Dataset", ICLR 2020);
     * rates are learned per parameter: Meta-SGD; per tensor and step, with a loss after every step: MAML++; made by a
       network from what it sees: ALFA. See :mod:`modmeta.adaptation.descent`.
@@ -39,8 +42,8 @@ class GradientLearner(TaskLossLearner):
     Args:
         backbone: the timm model that all domains share.
         units: adapter modules and where they act; what a policy would start from (gate, rate) has no effect.
-        head: ``linear``, whose initial weights are learned, one row per label, or ``prototype``, which starts from
-            the support's class means and takes any number of classes.
+        head: ``linear``, whose initial weights are learned, one row per label; ``zero``, which starts from none; or
+            ``prototype``, which starts from the support's class means. The last two take any number of classes.
         ways: classes per episode that a linear head tells apart.
         adapted: globs of unit names, and the word ``head``: what the steps move.
         rule: registered step rule.
@@ -67,7 +70,7 @@ class GradientLearner(TaskLossLearner):
         self,
         backbone: BackboneConfig,
         units: Sequence[UnitConfig] = (),
-        head: Literal["linear", "prototype"] = "linear",
+        head: Literal["linear", "zero", "prototype"] = "linear",
         ways: int = 5,
         adapted: Sequence[str] = ("*",),
         rule: str = "constant",
@@ -95,9 +98,11 @@ class GradientLearner(TaskLossLearner):
             raise ModmetaError("multi_step_epochs weighs the losses after several steps; set steps to 2 or more")
         if rule == "meta_sgd" and self.linear is None and WEIGHT in self.moving:
             raise ModmetaError(
-                "rule meta_sgd learns a rate per parameter, and a prototype head has none that outlast an episode; "
-                "take rule lslr, or head linear"
+                f"rule meta_sgd learns a rate per parameter, and a {head} head has none that outlast an episode; "
+                f"take rule lslr, or head linear"
             )
+        if head == "zero" and WEIGHT not in self.moving:
+            raise ModmetaError("under a zero head that does not move, no step moves anything; adapt head, too")
         self.order = order
         self.multi_step_epochs = multi_step_epochs
         self.rule = STEP_RULES.make(rule, self.moving, rate, steps)
@@ -135,7 +140,7 @@ class GradientLearner(TaskLossLearner):
 
     def task(self, episode: Episode) -> dict[str, Tensor]:
         """Return the tensors of a training episode; in the first epochs, the weights of the steps' losses too."""
-        task, epoch = super().task(episode), self.current_epoch - self.source_epochs
+        task, epoch = super().task(episode), max(self.current_epoch - self.source_epochs, 0)
         if epoch >= self.multi_step_epochs:
             return task
         weights = step_weights(self.steps, epoch / self.multi_step_epochs)

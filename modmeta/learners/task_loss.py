@@ -24,6 +24,7 @@ from modmeta.learners.base import MetaLearner
 from modmeta.learners.measuring import episode_support
 from modmeta.learners.source import BackboneConfig, SourceConfig
 
+HEADS = ("linear", "zero", "prototype")
 HEAD = "head"
 WEIGHT, BIAS = f"{HEAD}.weight", f"{HEAD}.bias"
 
@@ -37,8 +38,8 @@ class TaskLossLearner(MetaLearner):
     Args:
         backbone: the timm model that all domains share.
         units: adapter modules and where they act; what a policy would start from (gate, rate) has no effect.
-        head: ``linear``, whose initial weights are learned, one row per label, or ``prototype``, which starts from
-            the support's class means and takes any number of classes.
+        head: ``linear``, whose initial weights are learned, one row per label; ``zero``, which starts from none; or
+            ``prototype``, which starts from the support's class means. The last two take any number of classes.
         ways: classes per episode that a linear head tells apart.
         adapted: globs of unit names, and the word ``head``: what the steps move.
         rate: learning rate of the steps.
@@ -87,6 +88,7 @@ class TaskLossLearner(MetaLearner):
                 )
         width = self.model.backbone.feature_dim
         self.linear = nn.Linear(width, ways) if head == "linear" else None
+        self.from_zero = head == "zero"
         self.execution: Execution = EXECUTIONS.make(execution, **(execution_options or {}))
         self.moving = self._moving(adapted, ways)
         self._gates = {unit.name: 1.0 for unit in self.model.units}
@@ -133,6 +135,10 @@ class TaskLossLearner(MetaLearner):
         start = self.initial_units(parameters)
         if self.linear is not None:
             return start | {WEIGHT: parameters["linear.weight"], BIAS: parameters["linear.bias"]}
+        if self.from_zero:
+            # Made from a parameter: within a transform of torch.func a constant cannot be differentiated at.
+            zero, ways = 0 * next(iter(parameters.values())).flatten()[0], len(task["classes"])
+            return start | {WEIGHT: zero.expand(ways, self.model.backbone.feature_dim), BIAS: zero.expand(ways)}
         features = self.weighted_features(start, hidden, cut)
         member = (task["support_labels"] == task["classes"][:, None]).to(features)
         means = member @ features / member.sum(1, keepdim=True)
@@ -170,7 +176,7 @@ class TaskLossLearner(MetaLearner):
         if self.linear is not None and support.ways != self.linear.out_features:
             raise ModmetaError(
                 f"the linear head was made for {self.linear.out_features} classes and is given {support.ways}; "
-                f"set ways, or take head prototype, which suits any number"
+                f"set ways, or take head zero or prototype, which suit any number"
             )
         classes = torch.arange(support.ways, device=support.labels.device)
         return {"support": support.images, "support_labels": support.labels, "classes": classes}
@@ -282,8 +288,8 @@ class TaskLossLearner(MetaLearner):
 
 
 def _check(head: str, ways: int, positive: Mapping[str, float]) -> None:
-    if head not in ("linear", "prototype"):
-        raise unknown("head to start from:", head, ("linear", "prototype"))
+    if head not in HEADS:
+        raise unknown("head to start from:", head, HEADS)
     if ways < 2:
         raise ModmetaError(f"ways is {ways}; a head tells 2 classes or more apart")
     refuse_outside(positive, 0, above=True)

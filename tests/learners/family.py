@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fomaml": {"steps": 2, "order": 1},
     "anil": {"steps": 2, "adapted": ["head"]},
     "boil": {"steps": 2, "adapted": [BODY]},
+    "zero_maml": {"steps": 2, "head": "zero"},
     "proto_maml": {"steps": 2, "head": "prototype"},
     "meta_sgd": {"rule": "meta_sgd"},
     "maml_pp": {"steps": 2, "rule": "lslr", "multi_step_epochs": 2},

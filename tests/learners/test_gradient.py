@@ -124,6 +124,12 @@ def test_the_multi_step_loss_ends_after_its_epochs(tmp_path: Path) -> None:
     assert seen == [[0.5, 0.5], [0.25, 0.75], []]
 
 
+@pytest.mark.parametrize(("epochs", "weighed"), [(0, False), (2, True)])
+def test_a_task_can_be_made_outside_a_fit_though_a_source_phase_comes_first(epochs: int, weighed: bool) -> None:
+    learner = family.gradient(steps=2, multi_step_epochs=epochs, source=tiny.source())
+    assert ("step_weights" in learner.task(family.episodes(1)[0])) == weighed
+
+
 def test_adapting_leaves_the_learner_alone_and_reports_what_moved(digits: DomainDataModule) -> None:
     episode = digits.episode("train", 0)
     support = episode_support(episode, hide=False)
@@ -149,8 +155,9 @@ def test_an_adapter_file_holds_all_that_is_needed(digits: DomainDataModule, tmp_
         assert torch.equal(learner.logits(back, episode.query), learner.logits(adapted, episode.query))
 
 
-def test_prototypes_take_any_number_of_classes(digits: DomainDataModule) -> None:
-    learner = family.gradient(head="prototype", ways=3, rate=0.05)
+@pytest.mark.parametrize("head", ["zero", "prototype"])
+def test_these_heads_take_any_number_of_classes(head: str) -> None:
+    learner = family.gradient(head=head, ways=3, rate=0.05)
     five = family.episodes(1, ways=5)[0]
     with torch.no_grad():
         assert learner.logits(learner.adapt(episode_support(five, hide=False)), five.query).shape == (20, 5)
@@ -208,6 +215,8 @@ def test_a_gradient_that_is_not_finite_names_the_unit() -> None:
         ({"adapted": []}, "adapted is empty"),
         ({"multi_step_epochs": 3}, "set steps to 2 or more"),
         ({"rule": "meta_sgd", "head": "prototype"}, "take rule lslr, or head linear"),
+        ({"rule": "meta_sgd", "head": "zero"}, "a zero head has none"),
+        ({"adapted": ["full@*"], "head": "zero"}, "adapt head, too"),
         ({"rule": "adam"}, "unknown step rule 'adam'"),
         ({"execution": "lop"}, "did you mean 'loop'"),
         ({"units": (), "head": "prototype"}, "nothing would be learned"),

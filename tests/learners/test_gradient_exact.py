@@ -107,6 +107,18 @@ def test_what_does_not_move_is_learned_all_the_same(order: int, adapted: list[st
 
 
 @pytest.mark.parametrize("order", [1, 2])
+def test_a_head_from_zero_is_any_row_shared_by_all_labels(order: int) -> None:
+    learner = family.away(family.gradient(steps=2, order=order, rate=RATE, head="zero"))
+    row = torch.randn(len(family.network(learner)["blocks.3.norm.bias"]), dtype=torch.double, requires_grad=True)
+
+    def shared(net: Net, task: Episode) -> Net:
+        return net | {"head.weight": row.expand(3, -1), "head.bias": row[:1].expand(3)}
+
+    want = expected(family.network(learner), family.episodes(), sgd, 2, order, start=shared)
+    assert_same(found(learner, family.episodes()), want)
+
+
+@pytest.mark.parametrize("order", [1, 2])
 def test_proto_maml(order: int) -> None:
     learner = family.away(family.gradient(steps=2, order=order, rate=RATE, head="prototype"))
 

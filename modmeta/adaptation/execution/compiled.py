@@ -159,10 +159,11 @@ def _through_inductor(graph: Any, arguments: list[Any], recompute: bool) -> Any:
         "realize_acc_reads_threshold": 16 if recompute else 8,
     }
     # Without a place for symbolic shapes, of which there are none, the cache of compiled graphs is passed by.
-    known = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(assume_static_by_default=True))
+    known = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
         with tracing(TracingContext(known)):
-            return torch._inductor.compile(graph, arguments, options=options)
+            # Converted here, sizes stay numbers; the compiler would make symbols of them.
+            return torch._inductor.compile(graph, [known.from_tensor(t) for t in arguments], options=options)
     except Exception as error:
         raise ModmetaError(
             f"the graph of the loss cannot be compiled ({_reason(error)}); "
