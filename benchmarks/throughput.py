@@ -116,8 +116,7 @@ def make(setting: Setting, kind: str, execution: str, chunk: int) -> Entry:
     if kind != "ours":
         entry: Entry = peer(kind).entry(setting)
         return entry
-    given = {"vmap": {"chunk": chunk}, "compiled": {"recompute": setting.method != "reptile"}}
-    return ours.entry(setting, execution, given.get(execution))
+    return ours.entry(setting, execution, {"chunk": chunk} if execution == "vmap" else None)
 
 
 def disagreement(setting: Setting, entries: list[tuple[str, tuple[str, str]]], chunk: int) -> float:

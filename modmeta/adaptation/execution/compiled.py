@@ -35,21 +35,15 @@ class Compiled(Execution):
         backend: ``inductor``, or ``eager``, which runs the traced graph as it is, without a compiler or a wait.
         workers: tasks that run at the same time, each on one thread of a CPU; memory grows with it. None takes as
             many as PyTorch has threads on a CPU, and one on any other device.
-        recompute: compute maps anew where they are read, instead of keeping them: for many images at once. At a few,
-            as in Reptile's steps, keeping them is faster. On the four-block network at 75 queries, FOMAML needs 77 MB
-            instead of 133 and less time with it; a step of Reptile on 5 images takes 13 ms instead of 6.
     """
 
-    def __init__(
-        self, backend: Literal["inductor", "eager"] = "inductor", workers: int | None = None, recompute: bool = True
-    ) -> None:
+    def __init__(self, backend: Literal["inductor", "eager"] = "inductor", workers: int | None = None) -> None:
         if backend not in BACKENDS:
             raise unknown("backend of execution 'compiled':", backend, BACKENDS)
         if workers is not None and workers < 1:
             raise ModmetaError(f"workers of execution 'compiled' is {workers}; it needs one or more")
         self.backend = backend
         self.workers = workers
-        self.recompute = recompute
         self._steps: dict[object, Step] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +79,7 @@ class Compiled(Execution):
     def _step(self, loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task) -> Step:
         key = (loss, signature(parameters), signature(task))
         if key not in self._steps:
-            self._steps[key] = _compile(loss, parameters, task, self.backend, self.recompute)
+            self._steps[key] = _compile(loss, parameters, task, self.backend)
         return self._steps[key]
 
 
@@ -98,7 +92,7 @@ def _at_once(run: Callable[[int], list[Tensor]], workers: int) -> list[list[Tens
         torch.set_num_threads(threads)  # a thread's own number is also that of all threads that begin later
 
 
-def _compile(loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task, backend: str, recompute: bool) -> Step:
+def _compile(loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task, backend: str) -> Step:
     from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and few need it
 
     def step(*values: Tensor) -> tuple[Tensor, ...]:
@@ -119,7 +113,7 @@ def _compile(loss: TaskLoss, parameters: Mapping[str, Tensor], task: Task, backe
     outer = _inputs_of_outer(graph)
     graph.recompile()
     inputs = [*arguments, *(tensor.detach() for tensor in outer)]
-    run = graph if backend == "eager" else _through_inductor(graph, inputs, recompute)
+    run = graph if backend == "eager" else _through_inductor(graph, inputs)
 
     def bound(*values: Tensor) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = run(*values, *(tensor.detach() for tensor in outer))
@@ -147,17 +141,12 @@ def _inputs_of_outer(graph: Any) -> list[Tensor]:
     return [getattr(graph, name) for name in outer]
 
 
-def _through_inductor(graph: Any, arguments: list[Any], recompute: bool) -> Any:
+def _through_inductor(graph: Any, arguments: list[Any]) -> Any:
     from torch._guards import TracingContext, tracing
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    options = {
-        "cpp.threads": 1,  # what runs at the same time are tasks
-        # How many reads an expression may need before its result is written down, used again or not.
-        "realize_reads_threshold": 12,
-        "realize_acc_reads_threshold": 16 if recompute else 8,
-    }
+    options = {"cpp.threads": 1}  # what runs at the same time are tasks
     # Without a place for symbolic shapes, of which there are none, the cache of compiled graphs is passed by.
     known = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
