@@ -189,7 +189,7 @@ OTHERS = [
     ("GradientLearner", {"execution": "vmap", "execution_options": {"chunk": "a"}}, "option 'chunk' of"),
     ("GradientLearner", {"execution": "vmap", "execution_options": {"chnk": 1}}, "did you mean 'chunk'?"),
     ("GradientLearner", {"ways": 1}, "ways is 1; a head tells 2 classes or more apart"),
-    ("GradientLearner", {"head": "liner"}, "head: expected one of 'linear', 'prototype', got 'liner'"),
+    ("GradientLearner", {"head": "liner"}, "head: expected one of 'linear', 'zero', 'prototype', got 'liner'"),
     ("ReptileLearner", {"outer_rate": 2}, "outer_rate must lie in 0..1"),
     ("ReptileLearner", {"batch_size": 0}, "batch_size must be 1 or more"),
     ("MetricLearner", {"comparison": "siamse"}, "did you mean 'siamese'?"),
