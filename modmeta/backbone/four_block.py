@@ -18,8 +18,11 @@ class BatchStatisticsNorm2d(nn.Module):
     """Batch normalisation by the statistics of the batch at hand, in training and in evaluation alike.
 
     MAML's published code does the same, and so do its successors: with it, what a query image scores depends on the
-    other images of its batch, so all queries of an episode go through as one batch. Mean and variance are computed in
-    plain operations: those of ``F.batch_norm(training=True)`` lose their second derivatives under ``torch.func.vmap``.
+    other images of its batch, so all queries of an episode go through as one batch.
+
+    Under a transform of ``torch.func`` or a tracer, mean and variance are computed in plain operations: those of
+    ``F.batch_norm(training=True)`` lose their second derivatives under ``torch.func.vmap``, and a compiler can make
+    nothing of them. Otherwise PyTorch's own kernel does it, which is faster.
 
     Args:
         channels: number of channels.
@@ -34,6 +37,8 @@ class BatchStatisticsNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, C, H, W)`` with mean ``bias`` and deviation ``weight`` in every channel."""
+        if not _transformed():
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         mean = x.mean((0, 2, 3), keepdim=True)
         # A variance is the same whatever constant is taken off first. Off comes the mean's value; `zero` carries its
         # gradient, which so takes no pass over the maps that the gradients to weight and bias do not take anyway.
@@ -42,6 +47,11 @@ class BatchStatisticsNorm2d(nn.Module):
         variance = (centred * centred).mean((0, 2, 3), keepdim=True) - zero * zero
         scale = self.weight[:, None, None] * (variance + self.eps).rsqrt()
         return centred * scale + (self.bias[:, None, None] - zero * scale)
+
+
+def _transformed() -> bool:
+    """Return whether a transform of ``torch.func``, or a mode such as a tracer's, sees what is computed here."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
 class ConvBlock(nn.Module):

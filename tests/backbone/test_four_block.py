@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from modmeta.backbone import Backbone
@@ -34,6 +35,15 @@ def expected(host: Backbone, images: Tensor, tensors: dict[str, Tensor] | None =
 
 def test_it_computes_the_published_network(host: Backbone, pixels: Tensor) -> None:
     torch.testing.assert_close(host(pixels), expected(host, pixels), rtol=0, atol=1e-12)
+
+
+def test_it_computes_the_same_in_plain_operations(host: Backbone, pixels: Tensor) -> None:
+    batched, traced = vmap(host)(pixels[None])[0], make_fx(lambda x: host(x))(pixels)
+    names = {str(node.target) for node in traced.graph.nodes}
+    assert any("mean" in name for name in names)
+    assert not any("batch_norm" in name for name in names)
+    for found in (batched, traced(pixels)):
+        torch.testing.assert_close(found, expected(host, pixels), rtol=0, atol=1e-12)
 
 
 def test_weights_and_affines_can_be_replaced_at_sites_of_kind_conv_and_norm(host: Backbone, pixels: Tensor) -> None:
