@@ -24,6 +24,7 @@ from modmeta.adaptation.indicators import (
 from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
+from modmeta.adaptation.ridge_heads import AnchoredRidgeHead, RidgeHead
 from modmeta.adaptation.signals import SIGNALS, Signal, SignalConfig, SignalMixture, register_signal
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms, running_statistics
 from modmeta.adaptation.support import Adapted, Support
@@ -43,6 +44,7 @@ __all__ = [
     "UPDATE_RULES",
     "Adapted",
     "Anchor",
+    "AnchoredRidgeHead",
     "AttributeHead",
     "Classifier",
     "Compared",
@@ -54,6 +56,7 @@ __all__ = [
     "Labelled",
     "Plan",
     "Policy",
+    "RidgeHead",
     "Signal",
     "SignalConfig",
     "SignalMixture",

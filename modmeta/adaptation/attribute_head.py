@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modmeta.adaptation.heads import AnchoredRidgeHead, Labelled, register_head
+from modmeta.adaptation.heads import Labelled, register_head
+from modmeta.adaptation.ridge_heads import AnchoredRidgeHead
 
 
 @register_head("attribute")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class Classifier:
     center: Tensor
     scale: Tensor
     normalize: bool
+
+    def weighted(self, share: float) -> Classifier:
+        """Return the classifier whose logits are this share of its own."""
+        return replace(self, scale=share * self.scale)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return logits ``(B, C)`` of features ``(B, D)``."""
@@ -140,6 +144,10 @@ class Head(nn.Module, ABC):
         """Return logits ``(S, C)`` of every support image from a classifier fitted without that image."""
         return self.held_out_of(Labelled(features, labels, ways, anchor, ridge))
 
+    def support_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss ``(S,)`` of held-out logits, which an inner loop descends."""
+        return F.cross_entropy(logits, labels, reduction="none")
+
     @abstractmethod
     def fit_to(self, support: Labelled) -> Classifier:
         """Fit a classifier."""
@@ -232,59 +240,6 @@ class CosineHead(_PrototypeHead):
         logits = x @ F.normalize(means, dim=-1).T
         own_logits = (x * F.normalize(own, dim=-1)).sum(-1)
         return self.log_scale.exp() * torch.where(support.one_hot.bool(), own_logits[:, None], logits)
-
-
-@register_head("ridge")
-class RidgeHead(Head):
-    """Ridge regression on centred features of unit length, in the dual form.
-
-    Bertinetto et al., "Meta-learning with differentiable closed-form solvers", ICLR 2019. Every class weighs
-    the same, however many images it has. Held-out logits are exact leave-one-out in closed form.
-    """
-
-    def fit_to(self, support: Labelled) -> Classifier:
-        """Solve for the weights ``W0 + X^T (X X^T + lambda N)^-1 (Y - X W0)``."""
-        x, center = support.centred()
-        start, bias = self._start(x, support)
-        residual = support.one_hot - 1.0 / support.ways - x @ start - bias
-        weight = start + x.T @ torch.linalg.solve(self._system(x, support), residual)
-        return Classifier(weight, bias, center, self.log_scale.exp(), True)
-
-    def held_out_of(self, support: Labelled) -> Tensor:
-        """Return ``Y - e`` with ``e_i = [G R]_i / G_ii`` and ``G`` the inverse of the dual system."""
-        x, _ = support.centred()
-        targets = support.one_hot - 1.0 / support.ways
-        start, bias = self._start(x, support)
-        residual = targets - x @ start - bias
-        inverse = torch.linalg.inv(self._system(x, support))
-        errors = (inverse @ residual) / inverse.diagonal()[:, None]
-        return self.log_scale.exp() * (targets - errors)
-
-    def _start(self, x: Tensor, support: Labelled) -> tuple[Tensor, Tensor]:
-        """Return weights ``(D, C)`` and a bias ``(C,)`` to start from; only the weights are corrected."""
-        return x.new_zeros(x.shape[1], support.ways), x.new_zeros(support.ways)
-
-    def _system(self, x: Tensor, support: Labelled) -> Tensor:
-        strength = self.log_ridge.exp() * (1.0 if support.ridge is None else support.ridge)
-        counts = support.one_hot.sum(0)
-        # An image of a class with many others counts for less: its own lambda is larger.
-        balance = counts[support.labels] * (counts > 0).sum() / counts.sum()
-        return x @ x.T + torch.diag(strength * balance)
-
-
-@register_head("anchored_ridge")
-class AnchoredRidgeHead(RidgeHead):
-    """Ridge regression on what the source domains' own classifier leaves unexplained.
-
-    For classes that the sources share it starts from their classifier and corrects it by the support; for new
-    classes it is plain ridge. With few images this is the bar that any adaptation has to pass.
-    """
-
-    anchored = True
-
-    def _start(self, x: Tensor, support: Labelled) -> tuple[Tensor, Tensor]:
-        weight, bias = super()._start(x, support)
-        return (weight, bias) if support.anchor is None else (support.anchor.weight, bias)
 
 
 @register_head("mahalanobis")

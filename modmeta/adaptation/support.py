@@ -12,7 +12,7 @@ from torch import Tensor
 from modmeta.adaptation.heads import Classifier
 from modmeta.adaptation.plan import Plan
 from modmeta.adapters import State
-from modmeta.adapters.adapter_file import HEAD, AdapterFile
+from modmeta.adapters.adapter_file import HEAD, PRIOR_HEAD, AdapterFile
 from modmeta.errors import ModmetaError
 
 
@@ -50,6 +50,7 @@ class Adapted:
         classifier: the head, or whatever else makes logits ``(B, C)`` of features ``(B, D)``.
         classes: names of the classes.
         report: plain data on how it came about, for the card and the tables.
+        prior: the unadapted backbone's part in the answer, logits of its features that are added; None adds nothing.
     """
 
     state: State
@@ -57,6 +58,7 @@ class Adapted:
     classifier: Callable[[Tensor], Tensor]
     classes: tuple[str, ...]
     report: dict[str, Any] = field(default_factory=dict)
+    prior: Classifier | None = None
 
     def to_file(self, provenance: dict[str, Any]) -> AdapterFile:
         """Return what an adapter file keeps of it, without gradients.
@@ -72,12 +74,13 @@ class Adapted:
                 f"an adapter file holds a linear classifier, which {type(self.classifier).__name__} is not: "
                 f"this learner can be tested, but has no adapter file; take one with a closed-form head"
             )
+        parts = {"": self.classifier} | ({} if self.prior is None else {PRIOR_HEAD: self.prior})
         return AdapterFile(
             classes=self.classes,
             plan=self.plan.to_dict(),
             state={name: tensor.detach() for name, tensor in self.state.items()},
-            classifier={name: getattr(self.classifier, name).detach() for name in HEAD},
-            head={"normalize": self.classifier.normalize},
+            classifier={part + name: getattr(own, name).detach() for part, own in parts.items() for name in HEAD},
+            head={part + "normalize": own.normalize for part, own in parts.items()},
             provenance=provenance,
         )
 
@@ -93,8 +96,16 @@ class Adapted:
                 plan = Plan.from_dict(file.plan)
         except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise ModmetaError(f"the adapter file's plan is malformed ({error}); write it again with adapt") from error
-        if file.head.keys() != {"normalize"} or not isinstance(file.head["normalize"], bool):
-            raise ModmetaError("the adapter file's head needs 'normalize', true or false, and nothing else")
-        classifier = {name: tensor.to(device) for name, tensor in file.classifier.items()}
+        prior = PRIOR_HEAD + "normalize"
+        if not {"normalize"} <= file.head.keys() <= {"normalize", prior} or not all(
+            isinstance(value, bool) for value in file.head.values()
+        ):
+            raise ModmetaError(f"the adapter file's head needs 'normalize', and may have {prior!r}; both true or false")
+
+        def classifier(part: str) -> Classifier:
+            tensors = {name: file.classifier[part + name].to(device) for name in HEAD}
+            return Classifier(**tensors, normalize=file.head[part + "normalize"])
+
         state = {name: tensor.to(device) for name, tensor in file.state.items()}
-        return cls(state, plan, Classifier(**classifier, normalize=file.head["normalize"]), file.classes)
+        beside = classifier(PRIOR_HEAD) if prior in file.head else None
+        return cls(state, plan, classifier(""), file.classes, prior=beside)

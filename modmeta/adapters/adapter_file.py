@@ -26,6 +26,8 @@ from modmeta.files import write_atomically
 FORMAT = 2
 HEAD = ("weight", "bias", "center", "scale")
 """Tensors of the classifier: logits are ``scale * ((features - center) @ weight + bias)``."""
+PRIOR_HEAD = "prior."
+"""Before their names, and that of its options, those of a second one: its logits of unadapted features are added."""
 
 _SCHEMA = {
     "format": int, "backbone": dict, "units": list, "classes": list, "head": dict, "plan": dict,
@@ -41,8 +43,8 @@ class AdapterFile:
         classes: names of the classes.
         plan: what was carried out, as plain data; its ``units`` and ``gates`` say what is active.
         state: the tensors of the active units.
-        classifier: the tensors named in :data:`HEAD`.
-        head: options of the classifier, such as ``{"normalize": True}``.
+        classifier: the tensors named in :data:`HEAD`; a second classifier's have :data:`PRIOR_HEAD` before their names.
+        head: options of the classifiers, such as ``{"normalize": True}``.
         provenance: where the adaptation comes from.
     """
 
@@ -116,7 +118,7 @@ def checked_tensors(content: AdapterFile, model: AdaptedBackbone) -> dict[str, T
     own = {f"state:{name}": t for name, t in content.state.items() if name.partition("|")[0] in active}
     own |= {f"head:{name}": tensor for name, tensor in content.classifier.items()}
     tensors: dict[str, Tensor] = {}
-    for name, shape in _expected(model, [units[name] for name in active], len(content.classes)).items():
+    for name, shape in _expected(model, [units[name] for name in active], content.head, len(content.classes)).items():
         if name not in own or tuple(own[name].shape) != shape:
             found = tuple(own[name].shape) if name in own else "missing"
             raise ModmetaError(f"the adaptation does not fit the units: tensor {name!r} is {found}, not {shape}")
@@ -169,7 +171,7 @@ def _read(file: Path, stream: BinaryIO, model: AdaptedBackbone, fingerprint: str
                 f"that of this checkpoint {ours}"
             )
     active = _active_units(file, metadata, model)
-    expected = _expected(model, active, len(metadata["classes"]))
+    expected = _expected(model, active, metadata["head"], len(metadata["classes"]))
     found = {name: (entry.get("dtype"), entry.get("shape")) for name, entry in header.items()}
     for name in sorted(expected.keys() | found.keys()):
         shape = expected.get(name)
@@ -245,7 +247,9 @@ def _active_units(file: Path, metadata: dict[str, Any], model: AdaptedBackbone) 
     return [local[name] for name in active]
 
 
-def _expected(model: AdaptedBackbone, active: Sequence[Unit], classes: int) -> dict[str, tuple[int, ...]]:
+def _expected(
+    model: AdaptedBackbone, active: Sequence[Unit], options: Mapping[str, Any], classes: int
+) -> dict[str, tuple[int, ...]]:
     names = {unit.name for unit in active}
     width = model.backbone.feature_dim
     shapes = {
@@ -254,7 +258,8 @@ def _expected(model: AdaptedBackbone, active: Sequence[Unit], classes: int) -> d
         if name.partition("|")[0] in names
     }
     head = {"weight": (width, classes), "bias": (classes,), "center": (width,), "scale": ()}
-    return shapes | {f"head:{name}": shape for name, shape in head.items()}
+    parts = ("", PRIOR_HEAD) if any(option.startswith(PRIOR_HEAD) for option in options) else ("",)
+    return shapes | {f"head:{part}{name}": shape for part in parts for name, shape in head.items()}
 
 
 def _active(plan: Mapping[str, Any]) -> list[str]:

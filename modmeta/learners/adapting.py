@@ -12,6 +12,7 @@ from torch import Tensor
 from modmeta.adaptation import (
     PRIOR,
     Adapted,
+    Classifier,
     DivergedError,
     IndicatorSet,
     Plan,
@@ -49,6 +50,7 @@ class PolicyAdaptation(MetaLearner):
     trust: float
     second_order: bool
     budget: float
+    prior_share: float
     veto: bool
     veto_folds: int
     veto_caution: float
@@ -65,10 +67,6 @@ class PolicyAdaptation(MetaLearner):
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support)
-        features = self._features(support.images, state, chosen, situation.features)
-        # The prior is the head as it is; the policy's strength of the ridge is part of its plan.
-        ridge = None if verdict.choice == PRIOR else chosen.ridge
-        classifier = self.fit_head(features, support, ridge=ridge)
         report = {
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
@@ -77,7 +75,32 @@ class PolicyAdaptation(MetaLearner):
             "expected_gain": float(plan.gain),
             "expected_gain_deviation": float((0.5 * plan.gain_log_variance).exp()),
         }
-        return Adapted(state, chosen, classifier, support.classes, report)
+        if verdict.choice == PRIOR:
+            # The prior is the head as it is; the policy's strength of the ridge is part of its plan.
+            classifier = self.fit_head(situation.features, support)
+            return Adapted(state, chosen, classifier, support.classes, report)
+        return replace(self.conclude(chosen, state, support, situation.features), report=report)
+
+    def conclude(self, plan: Plan, state: State, support: Support, prior: Tensor) -> Adapted:
+        """Fit the head to what came of a plan, and give the unadapted model its share in the answer.
+
+        Averaged logits are the geometric mean of two predictions: what only one of them gets wrong, the other often
+        outvotes. Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, compare such ensembles with
+        averaged weights.
+
+        Args:
+            plan: what was carried out.
+            state: what came of it.
+            support: the images.
+            prior: their unadapted features ``(S, D)``.
+        """
+        features = self._features(support.images, state, plan, prior)
+        adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
+        if not self.prior_share or not plan.gate_of():
+            return adapted
+        assert isinstance(adapted.classifier, Classifier)
+        beside = self.fit_head(prior, support).weighted(self.prior_share)
+        return replace(adapted, classifier=adapted.classifier.weighted(1 - self.prior_share), prior=beside)
 
     def situate(self, support: Support, budget: float | None = None) -> Situation:
         """Collect what the indicators need to know of a support set, and nothing that none of them asks for.
@@ -233,8 +256,7 @@ class PolicyAdaptation(MetaLearner):
         gains = {}
         for name, each in plans.items():
             state, _ = self.carry_out(each, support)
-            features = self._features(support.images, state, each, situation.features)
-            adapted = Adapted(state, each, self.fit_head(features, support, ridge=each.ridge), support.classes)
+            adapted = self.conclude(each, state, support, situation.features)
             after = tempered_losses(self.logits(adapted, episode.query, ids), episode.query_labels)
             gains[name] = float((before - after).mean())
         return Trial(
@@ -253,8 +275,9 @@ class PolicyAdaptation(MetaLearner):
             assert support.labels is not None
             part = replace(support, images=support.images[rest], labels=support.labels[rest])
             with torch.no_grad():
+                before = self.fit_head(features[rest], part)(features[fold])
                 if candidate is None:
-                    return self.fit_head(features[rest], part)(features[fold])
+                    return before
                 key = int(fold[0])  # folds are disjoint, so an image of one names it
                 if key not in read:
                     # All candidates read the same statistics of a fold.
@@ -265,15 +288,17 @@ class PolicyAdaptation(MetaLearner):
                     return features.new_full((len(fold), support.ways), torch.nan)  # never chosen
                 both = torch.cat([rest, fold])
                 x = self._features(support.images[both], state, candidate, features[both])
-                return self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
+                after = self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
+                return torch.lerp(after, before, self.prior_share)
 
         @torch.no_grad()
         def held_out(candidate: Plan | None) -> Tensor:
+            before = self.held_out_logits(features, support)
             if candidate is None:
-                return self.held_out_logits(features, support)
+                return before
             state, _ = self.carry_out(candidate, support)
             x = self._features(support.images, state, candidate, features)
-            return self.held_out_logits(x, support, candidate.ridge)
+            return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
 
         reading = self._reading()
         known = bool(self.sources.view(support.hidden).anchor(support.classes).known.all())

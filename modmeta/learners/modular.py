@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from modmeta.adaptation import (
     DEFAULT_INDICATORS,
     UPDATE_RULES,
-    Adapted,
     IndicatorSet,
     Plan,
     Policy,
@@ -69,6 +68,8 @@ class ModularMetaLearner(PolicyAdaptation):
         cost_weight: price of letting gradients through the whole backbone, in nats.
         budget: largest share of the backward multiply-accumulates of steps on all learning units that the steps
             of an adaptation may take; 1 is no limit. What the indicators and the veto take comes on top.
+        prior_share: weight of the unadapted model in the answer of an adapted one, 0..1. Their logits are averaged:
+            that takes back part of what an adaptation breaks, and costs every predicted image a second forward pass.
         veto: whether the veto may keep the prior; without it every plan is carried out.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
@@ -109,6 +110,7 @@ class ModularMetaLearner(PolicyAdaptation):
         harm_margin: float = 0.02,
         cost_weight: float = 0.02,
         budget: float = 1.0,
+        prior_share: float = 0.0,
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
@@ -121,7 +123,7 @@ class ModularMetaLearner(PolicyAdaptation):
     ) -> None:
         if not units:
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
-        refuse_outside({"budget": budget, "unlabelled_share": unlabelled_share}, 0, 1)
+        refuse_outside({"budget": budget, "prior_share": prior_share, "unlabelled_share": unlabelled_share}, 0, 1)
         prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
         refuse_outside(prices, 0)
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
@@ -141,6 +143,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.harm_margin = harm_margin
         self.cost_weight = cost_weight
         self.budget = budget
+        self.prior_share = prior_share
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution
@@ -176,8 +179,7 @@ class ModularMetaLearner(PolicyAdaptation):
         situation = self.situate(support, self._training_budget(generator))
         plan = self.plan(situation, generator)
         state, _ = self.carry_out(plan, support)
-        features = self._features(support.images, state, plan, situation.features)
-        adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
+        adapted = self.conclude(plan, state, support, situation.features)
         _, ids = episode_ids(episode)
         logits = self.logits(adapted, episode.query)
         after = self.query_loss(logits, episode.query_labels)

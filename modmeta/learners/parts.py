@@ -108,7 +108,7 @@ class LearnerParts(LightningModule):
             ridge: factor on the head's ridge strength.
         """
         assert support.labels is not None
-        return F.cross_entropy(self.held_out_logits(features, support, ridge), support.labels, reduction="none")
+        return self.head.support_loss(self.held_out_logits(features, support, ridge), support.labels)
 
     def held_out_logits(self, features: Tensor, support: Support, ridge: Tensor | None = None) -> Tensor:
         """Return logits ``(S, C)`` of every support image by a head that was fitted without it.
@@ -161,7 +161,8 @@ class LearnerParts(LightningModule):
 
     def logits(self, adapted: Adapted, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return logits ``(B, C)`` of images under an adapted model; differentiable in it."""
-        return adapted.classifier(self.features(images, adapted.state, adapted.plan, ids))
+        logits = adapted.classifier(self.features(images, adapted.state, adapted.plan, ids))
+        return logits if adapted.prior is None else logits + adapted.prior(self.prior_features(images, ids))
 
     def features(self, images: Tensor, state: State, plan: Plan, ids: Tensor | None = None) -> Tensor:
         """Return features ``(B, D)`` of images under a state and a plan's gates; differentiable in both.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modmeta.adapters import AdaptedBackbone, Unit
-from modmeta.adapters.adapter_file import HEAD, AdapterFile
+from modmeta.adapters.adapter_file import HEAD, PRIOR_HEAD, AdapterFile
 from modmeta.backbone.anatomy import FEATURES
 from modmeta.backbone.shell import hooked
 
@@ -25,14 +25,23 @@ def slot_units(model: AdaptedBackbone, content: AdapterFile) -> list[Unit]:
     return [unit for unit in model.active(gates_of(content)) if unit.module.is_slot()]
 
 
+def has_prior(content: AdapterFile) -> bool:
+    """Return whether the unadapted backbone has a share in the answer."""
+    return f"{PRIOR_HEAD}normalize" in content.head
+
+
 @torch.no_grad()
 def merged_backbone(model: AdaptedBackbone, content: AdapterFile) -> nn.Module:
     """Return a copy of the timm model with the tensors of all active units written into it, slots left out."""
-    merged = copy.deepcopy(model.backbone.model).cpu().to(memory_format=torch.contiguous_format).eval()
+    merged = _copied(model)
     tensors = dict([*merged.named_parameters(), *merged.named_buffers()])
     for name, tensor in model.overlay(content.state, gates_of(content)).items():
         tensors[name].copy_(tensor)
     return merged.requires_grad_(False)
+
+
+def _copied(model: AdaptedBackbone) -> nn.Module:
+    return copy.deepcopy(model.backbone.model).cpu().to(memory_format=torch.contiguous_format).eval()
 
 
 class ClosedHead(nn.Module):
@@ -40,6 +49,7 @@ class ClosedHead(nn.Module):
 
     Args:
         content: the adapter file.
+        part: what the names of its tensors begin with.
     """
 
     weight: Tensor
@@ -47,11 +57,11 @@ class ClosedHead(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, content: AdapterFile) -> None:
+    def __init__(self, content: AdapterFile, part: str = "") -> None:
         super().__init__()
-        self.normalize = bool(content.head["normalize"])
+        self.normalize = bool(content.head[f"{part}normalize"])
         for name in HEAD:
-            tensor = content.classifier[name].detach().cpu()
+            tensor = content.classifier[f"{part}{name}"].detach().cpu()
             self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -80,6 +90,10 @@ class ClosedModel(nn.Module):
         super().__init__()
         self.backbone = merged_backbone(model, content)
         self.head = ClosedHead(content)
+        self.prior = self.prior_head = None
+        if has_prior(content):
+            self.prior = _copied(model)
+            self.prior_head = ClosedHead(content, PRIOR_HEAD)
         for name in ("mean", "std"):
             values = torch.tensor(model.backbone.preprocessing[name])
             self.register_buffer(name, values[:, None, None])
@@ -97,11 +111,14 @@ class ClosedModel(nn.Module):
             images: ``(B, 3, H, W)``, uint8 in 0..255 or float32 in 0..1.
         """
         x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = (x - self.mean) / self.std
         slots = self._slots()
         at_features = slots.pop(FEATURES, None)
         with hooked(self.backbone, slots, {}):
-            features = self.backbone((x - self.mean) / self.std) * self.feature_scale
+            features = self.backbone(x) * self.feature_scale
         if at_features is not None:
             features = at_features(features, features, lambda x: x)
         logits = self.head(features)
+        if self.prior is not None and self.prior_head is not None:
+            logits = logits + self.prior_head(self.prior(x) * self.feature_scale)
         return logits, logits.softmax(-1)

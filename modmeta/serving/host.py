@@ -72,7 +72,8 @@ class _Resident:
 
     def logits(self, images: Tensor) -> Tensor:
         slots = self.model.slots(self.adapted.state, self.adapted.plan.gate_of())
-        return self.adapted.classifier(self.model.backbone.run(images, self.overlay, slots=slots))
+        logits = self.adapted.classifier(self.model.backbone.run(images, self.overlay, slots=slots))
+        return logits if self.adapted.prior is None else logits + self.adapted.prior(self.model.backbone(images))
 
 
 class AdapterHost:

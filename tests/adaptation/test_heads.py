@@ -12,9 +12,12 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from modmeta.adaptation import HEADS, Anchor, Head
+from modmeta.adaptation import HEADS, Anchor, AnchoredRidgeHead, Head, Labelled, RidgeHead
+from modmeta.errors import ModmetaError
 
 NAMES = ("prototype", "cosine", "ridge", "anchored_ridge", "mahalanobis")
+WARY = "anchored_ridge, wary of labels"
+NOISE = 0.2
 shapes = st.fixed_dictionaries(
     {
         "counts": st.lists(st.integers(1, 5), min_size=2, max_size=5),
@@ -25,7 +28,7 @@ shapes = st.fixed_dictionaries(
 
 
 def head(name: str, scale: float = 3.0, ridge: float = 0.4) -> Head:
-    made = HEADS.get(name)().double()
+    made = (AnchoredRidgeHead(label_noise=NOISE) if name == WARY else HEADS.get(name)()).double()
     with torch.no_grad():  # in double from the start, as the oracles are
         made.log_scale.fill_(math.log(scale))
         made.log_ridge.fill_(math.log(ridge))
@@ -237,8 +240,59 @@ class Fit(torch.nn.Module):
         return torch.cat([inner.fit(x, y, ways, anchor, ridge)(q), inner.held_out(x, y, ways, anchor, ridge)])
 
 
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, anchored=st.booleans())
+def test_a_wary_ridge_weighs_every_image_by_how_likely_its_label_is_right(shape: dict, anchored: bool) -> None:
+    x, y, ways = support(**shape)
+    width = shape["width"]
+    start = torch.randn(width, ways, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    known = torch.arange(ways) > 0
+    anchor = Anchor(start * known, known, x.new_zeros(width)) if anchored else None
+    wary = head(WARY)
+    trust = []
+    for p, label in zip(wary.held_out(x, y, ways, anchor).softmax(1).tolist(), y.tolist(), strict=True):
+        # Bayes: the label is right, or was drawn from the other classes.
+        right, wrong = (1 - NOISE) * p[label], NOISE * (1 - p[label]) / (ways - 1)
+        alone = int((y == label).sum()) == 1 and not (anchored and label > 0)
+        trust.append(1.0 if alone else max(right / (right + wrong), 1e-3))
+    unit = F.normalize(x - balanced_center(x, y, ways), dim=1)
+    targets = F.one_hot(y, ways).double() - 1 / ways
+    weight = (len(y) / (torch.bincount(y).double()[y] * ways) * torch.tensor(trust, dtype=torch.double))[:, None]
+    gram = unit.T @ (weight * unit) + 0.4 * torch.eye(width, dtype=torch.double)
+    origin = torch.zeros_like(start) if anchor is None else anchor.weight
+    expected = torch.linalg.solve(gram, unit.T @ (weight * targets) + 0.4 * origin)
+    torch.testing.assert_close(wary.fit(x, y, ways, anchor).weight, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_wrong_label_is_trusted_least_and_costs_a_wary_head_less() -> None:
+    x, y, ways = support([8, 8, 8], 12, 5)
+    x = x + 3 * F.one_hot(y, 12)  # classes apart
+    given = y.clone()
+    given[4] = (y[4] + 1) % ways
+    wary, plain = RidgeHead(10.0, 0.4, label_noise=NOISE).double(), RidgeHead(10.0, 0.4).double()
+    assert int(wary.trust(Labelled(x, given, ways, None, None)).argmin()) == 4
+    on_truth = [F.cross_entropy(each.fit(x, given, ways)(x[4:5]), y[4:5]) for each in (wary, plain)]
+    assert on_truth[0] < on_truth[1]
+
+
+def test_the_loss_of_a_wary_head_is_the_likelihood_of_labels_some_of_which_are_wrong() -> None:
+    logits = torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 3
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    mixing = torch.full((4, 4), NOISE / 3, dtype=torch.double).fill_diagonal_(1 - NOISE)  # of what is, what is said
+    expected = F.nll_loss((logits.softmax(1) @ mixing).log(), labels, reduction="none")
+    torch.testing.assert_close(head(WARY).support_loss(logits, labels), expected)
+    plain = F.cross_entropy(logits, labels, reduction="none")
+    assert torch.equal(head("anchored_ridge").support_loss(logits, labels), plain)
+
+
+@pytest.mark.parametrize("noise", [-0.1, 0.6, math.nan])
+def test_a_share_of_wrong_labels_that_makes_no_sense_is_refused(noise: float) -> None:
+    with pytest.raises(ModmetaError, match=r"label_noise must lie in 0\.\.0\.5"):
+        RidgeHead(label_noise=noise)
+
+
 @pytest.mark.fault(14)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, WARY])
 def test_labels_are_only_names(name: str) -> None:
     x, y, ways = support([2, 4, 3], 6, 3)
     q, order = query(6), torch.tensor([2, 0, 1])
@@ -250,7 +304,7 @@ def test_labels_are_only_names(name: str) -> None:
 
 
 @pytest.mark.fault(11, 12)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, WARY])
 def test_hard_supports_stay_finite(name: str) -> None:
     same = torch.ones(4, 5, dtype=torch.double)
     for x, y, ways in (
