@@ -39,12 +39,12 @@ class ClosedForm(Readout):
         self.head = head
 
     def loss(self, features: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the held-out logits."""
+        """Return the mean of the head's loss of the held-out logits."""
         support = self.task.support
         assert support.labels is not None
         anchor = self.task.sources.anchor(support.classes)
         logits = self.head.held_out(features, support.labels, support.ways, anchor)
-        return F.cross_entropy(logits, support.labels)
+        return self.head.support_loss(logits, support.labels).mean()
 
     def classifier(self, features: Tensor) -> Classifier:
         """Fit the head to the adapted features."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.data.seeding import rng
-from modmeta.errors import ModmetaError
+from modmeta.errors import ModmetaError, refuse_outside
 from modmeta.evaluation.systems.system import Outcome, Task, register_system
 from modmeta.evaluation.systems.unit_system import GradientSystem, Optimizer
 from modmeta.learners import MetaLearner
@@ -25,6 +25,7 @@ class Constant(GradientSystem):
         optimizer: ``rms`` takes steps as the policy does; ``adam``, ``sgd`` or ``adadelta``.
         head: registered name of a head; None takes the learner's own.
         head_options: options of the head.
+        prior_share: weight of the unadapted model in the answer, as a policy's learner may give it.
     """
 
     def __init__(
@@ -35,8 +36,11 @@ class Constant(GradientSystem):
         optimizer: Optimizer = "rms",
         head: str | None = None,
         head_options: dict[str, float] | None = None,
+        prior_share: float = 0.0,
     ) -> None:
         super().__init__(units, steps, factor, optimizer, head, head_options)
+        refuse_outside({"constant: prior_share": prior_share}, 0, 1)
+        self.prior_share = prior_share
 
     def gates(self) -> dict[str, float]:
         """Return the configured gates."""

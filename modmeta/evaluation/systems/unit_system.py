@@ -36,6 +36,8 @@ class UnitSystem(System):
     """
 
     model: AdaptedBackbone
+    prior_share = 0.0
+    """Weight of the unadapted model in the answer."""
 
     def __init__(
         self, units: Sequence[UnitConfig], head: str | None = None, head_options: dict[str, float] | None = None
@@ -85,12 +87,14 @@ class UnitSystem(System):
         """Fit the classifier to the adapted features and return what came of it."""
         active = self.model.active(gates)
         classifier = readout.classifier(self._features(task, state, gates) if active else task.features)
+        prior = readout.classifier(task.features) if active and self.prior_share else None
 
         def classify(query: Task) -> torch.Tensor:
             if not active:
                 return classifier(query.query_features)
             with torch.no_grad():
-                return classifier(self.model(query.episode.query, state, gates))
+                logits = classifier(self.model(query.episode.query, state, gates))
+            return logits if prior is None else torch.lerp(logits, prior(query.query_features), self.prior_share)
 
         return Outcome(classify, sum(unit.cost.parameters for unit in active), macs)
 
