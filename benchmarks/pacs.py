@@ -27,6 +27,12 @@ SYSTEMS = {
     "none": "anchored ridge (no module adapted)",
     "adapted": "adapted",
 }
+FACTS = (
+    ("harm_rate", "episodes harmed by it, %", 100),
+    ("units_updated", "units updated, %", 100),
+    ("seconds", "s per adaptation", 1),
+)
+"""Further rows of the adapted model: metric, name and factor."""
 
 
 def main() -> None:
@@ -110,7 +116,7 @@ def table(rows: list[dict], domains: list[str]) -> str:
         shown = [f"{100 * r['value']:+.1f} ± {50 * (r['high'] - r['low']):.1f}" for r in gains]
         mean = 100 * sum(r["value"] for r in gains) / len(gains)
         lines.append(f"| {k} | *gain of adapting, paired* | " + " | ".join(shown) + f" | {mean:+.1f} |")
-        for metric, name, factor in (("units_updated", "units updated, %", 100), ("seconds", "s per adaptation", 1)):
+        for metric, name, factor in FACTS:
             found = [factor * cells["adapted", domain, k, metric]["value"] for domain in domains]
             shown = [f"{value:.1f}" for value in found]
             lines.append(f"| {k} | *{name}* | " + " | ".join(shown) + f" | {sum(found) / len(found):.1f} |")

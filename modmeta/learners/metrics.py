@@ -12,8 +12,12 @@ from torch.nn import functional as F
 from torchmetrics import CatMetric
 from torchmetrics.functional.classification import multiclass_accuracy
 
+HARM = 0.01
+"""An episode is harmed when its accuracy ends more than this below that of the reference."""
+_ROUNDING = 1e-6  # accuracies are means in float32
 _BINS = 15
 _RESAMPLES = 1000
+_PAIRED = ("gain", "harm_rate")
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ class EpisodeMetrics(nn.Module):
         domains: the domains of the episodes.
         shots: their numbers of shots.
         facts: names of further figures of a system's row, such as seconds.
-        scored: the metrics that are scored per episode; gains are paired with the system ``"none"``.
+        scored: the metrics that are scored per episode; gain and harm are paired with the system ``"none"``.
     """
 
-    scored = ("accuracy", "nll", "gain")
+    scored = ("accuracy", "nll", *_PAIRED)
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class EpisodeMetrics(nn.Module):
                 float(accuracy),
                 float(nll),
                 float(accuracy - before),
+                float(before - accuracy > HARM + _ROUNDING),
                 *further,
             ]
             bins = calibration_bins(scores.double().softmax(-1), labels)
@@ -116,7 +121,7 @@ class EpisodeMetrics(nn.Module):
             names = (*self.scored, *self.facts.get(system, ()))
             ways = round(float(rows[:, 1].mean()))
             for name, values in zip(names, rows[:, 2 : 2 + len(names)].T, strict=True):
-                if name == "gain" and system == "none":
+                if name in _PAIRED and system == "none":
                     continue
                 results.append(Result(system, domain, shots, ways, name, *interval(values), len(rows)))
             bins = rows[:, 2 + len(names) :].reshape(len(rows), _BINS, 3)
@@ -124,7 +129,7 @@ class EpisodeMetrics(nn.Module):
         return results
 
     def _width(self, system: str) -> int:
-        return 5 + len(self.facts.get(system, ())) + 3 * _BINS
+        return 2 + len(self.scored) + len(self.facts.get(system, ())) + 3 * _BINS
 
 
 def interval(values: Tensor) -> tuple[float, float, float]:

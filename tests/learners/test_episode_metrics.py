@@ -86,7 +86,22 @@ def test_values_and_intervals_are_over_episodes() -> None:
         check("nll", system, [float(F.cross_entropy(e[4][system].double(), e[3])) for e in mine])
     # Paired: the interval is that of the differences on the same episodes.
     check("gain", "adapted", [accuracy(e, "adapted") - accuracy(e, "none") for e in mine])
+    check("harm_rate", "adapted", [float(accuracy(e, "adapted") - accuracy(e, "none") < -0.0101) for e in mine])
     check("seconds", "adapted", [e[5] for e in mine])
+
+
+def test_a_point_less_is_no_harm_and_a_hair_more_is() -> None:
+    labels = torch.zeros(200, dtype=torch.long)
+
+    def right(hits: int) -> Tensor:
+        return F.one_hot((torch.arange(200) >= hits).long(), 2).float()
+
+    for lost, rate in ((0, 0.0), (2, 0.0), (3, 1.0), (-5, 0.0)):
+        metrics = EpisodeMetrics(["none", "adapted"], ["art"], [1], {})
+        metrics.update("art", 1, 0, labels, {"none": right(150), "adapted": right(150 - lost)}, {})
+        found = {(r.system, r.metric): r.value for r in metrics.compute()}
+        assert found["adapted", "harm_rate"] == rate
+        assert ("none", "harm_rate") not in found
 
 
 @pytest.mark.fault(37)
@@ -94,7 +109,7 @@ def test_only_what_was_measured_is_reported() -> None:
     found = compute(episodes_of(8))
     assert {(domain, shots) for _, domain, shots, _ in found} == {("art", 1), ("art", 5), ("photo", 1), ("photo", 5)}
     assert {metric for system, _, _, metric in found if system == "none"} == {"accuracy", "nll", "ece"}
-    assert {m for s, _, _, m in found if s == "adapted"} == {"accuracy", "nll", "ece", "gain", "seconds"}
+    assert {m for s, _, _, m in found if s == "adapted"} == {"accuracy", "nll", "ece", "gain", "harm_rate", "seconds"}
     assert compute([]) == {}
     single = compute(episodes_of(1))["none", "art", 1, "accuracy"]
     assert single.low == single.value == single.high

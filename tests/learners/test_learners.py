@@ -124,7 +124,7 @@ def test_results_hold_every_system_per_domain_and_shots(fitted: Fitted) -> None:
     systems = ("source", "prototype", "none", "adapted")
     assert cells == {(system, "neon", shots, 3, 3) for system in systems for shots in (2, 3)}
     metrics = {r["metric"] for r in fitted.results if r["system"] == "adapted"}
-    assert metrics == {"accuracy", "nll", "ece", "gain", "units_updated", "parameters_updated"}
+    assert metrics == {"accuracy", "nll", "ece", "gain", "harm_rate", "units_updated", "parameters_updated"}
     by_key = {(r["system"], r["shots"], r["metric"]): r["value"] for r in fitted.results}
     for shots in (2, 3):
         gain = by_key["adapted", shots, "accuracy"] - by_key["none", shots, "accuracy"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from modmeta.learners.metrics import HARM
+
 RESAMPLES = 10_000
-HARM = 0.01
-"""An episode is harmed when its accuracy ends more than this below the reference's."""
 _ROUNDING = 1e-9
 
 
