@@ -101,8 +101,6 @@ class GradientLearner(TaskLossLearner):
                 f"rule meta_sgd learns a rate per parameter, and a {head} head has none that outlast an episode; "
                 f"take rule lslr, or head linear"
             )
-        if head == "zero" and WEIGHT not in self.moving:
-            raise ModmetaError("under a zero head that does not move, no step moves anything; adapt head, too")
         self.order = order
         self.multi_step_epochs = multi_step_epochs
         self.rule = STEP_RULES.make(rule, self.moving, rate, steps)

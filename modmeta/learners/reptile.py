@@ -28,7 +28,9 @@ class ReptileLearner(TaskLossLearner):
     Args:
         backbone: the timm model that all domains share.
         units: adapter modules and where they act; what a policy would start from (gate, rate) has no effect.
-        ways: classes per episode that the linear head tells apart.
+        head: ``linear``, whose initial weights are learned, one row per label; ``zero``, which starts from none in
+            every task; or ``prototype``, which starts from the class means.
+        ways: classes per episode that a linear head tells apart.
         adapted: globs of unit names, and the word ``head``: what the steps move, and so what is learned.
         optimizer: of the steps: ``sgd``, or ``adam`` without momentum, as the paper's, fresh for every task.
         rate: its learning rate.
@@ -53,6 +55,7 @@ class ReptileLearner(TaskLossLearner):
         self,
         backbone: BackboneConfig,
         units: Sequence[UnitConfig] = (),
+        head: str = "linear",
         ways: int = 5,
         adapted: Sequence[str] = ("*",),
         optimizer: Literal["adam", "sgd"] = "adam",
@@ -69,7 +72,7 @@ class ReptileLearner(TaskLossLearner):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(
-            backbone, units, "linear", ways, adapted, rate, steps, test_steps, execution, execution_options, source,
+            backbone, units, head, ways, adapted, rate, steps, test_steps, execution, execution_options, source,
             outer_rate, baselines, source_images, cache_dir,
         )  # fmt: skip
         if optimizer not in ("adam", "sgd"):

@@ -91,6 +91,8 @@ class TaskLossLearner(MetaLearner):
         self.from_zero = head == "zero"
         self.execution: Execution = EXECUTIONS.make(execution, **(execution_options or {}))
         self.moving = self._moving(adapted, ways)
+        if head == "zero" and WEIGHT not in self.moving:
+            raise ModmetaError("under a zero head that does not move, no step moves anything; adapt head, too")
         self._gates = {unit.name: 1.0 for unit in self.model.units}
         self._moving_units = [u for u in self.model.units if self.model.learned_names(u)[0] in self.moving]
 

@@ -57,9 +57,9 @@ def test_it_fits_the_digits(name: str, digits: DomainDataModule) -> None:
     if name == "reptile":
         learner = family.reptile(steps=4, rate=0.01, test_steps=4)
     else:
-        learner = family.gradient(**METHODS[name] | {"rate": 0.05, "learning_rate": 2e-2})
+        learner = family.gradient(**METHODS[name] | {"rate": 0.05, "learning_rate": 5e-3})
     before, fingerprint = held_out_loss(learner, digits), learner.model.backbone.fingerprint()
-    descend(learner, digits, 25)
+    descend(learner, digits, 50)
     assert held_out_loss(learner, digits) < before - 0.04
     assert learner.model.backbone.fingerprint() == fingerprint
 

@@ -14,6 +14,7 @@ from modmeta.adaptation import PRIOR, Adapted, Support
 from modmeta.adapters.adapter_file import read_adapter, write_adapter
 from modmeta.data import DomainDataModule, Episode
 from modmeta.errors import ModmetaError
+from modmeta.evaluation.card import make_card
 from modmeta.learners import ModularMetaLearner
 from modmeta.learners.measuring import episode_support
 from modmeta.serving import AdapterHost
@@ -104,6 +105,12 @@ def test_the_share_takes_part_in_training(learner: ModularMetaLearner, data: Dom
         own.sources.load_state_dict(learner.sources.state_dict())
         losses[share] = float(own.episode_loss(data.episode("train", 0)).detach())
     assert len(set(losses.values())) == 3
+
+
+def test_the_card_says_so(learner: ModularMetaLearner, adapted: Adapted, episode: Episode) -> None:
+    support = episode_support(episode, hide=False)
+    for one, said in ((adapted, True), (replace(adapted, prior=None), False)):
+        assert ("second forward pass" in make_card(learner, support, one, 1.0)["decision"]) is said
 
 
 def test_file_and_host_give_the_same_answer(

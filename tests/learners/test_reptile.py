@@ -54,6 +54,25 @@ def test_the_initial_values_move_towards_the_mean_of_the_results(kind: str, batc
         assert not torch.equal(expected[name], ends[0][0][name])
 
 
+def test_a_head_from_zero_is_not_learned_and_moves_the_rest_as_a_linear_one_of_zeros_does() -> None:
+    zero = family.away(family.reptile(head="zero"))
+    linear = family.away(family.reptile())
+    linear.load_state_dict(zero.state_dict(), strict=False)
+    with torch.no_grad():
+        for parameter in linear.linear.parameters():
+            parameter.zero_()
+    assert "linear.weight" not in zero.parameters_by_name()
+    episodes = family.episodes()
+    (_, found), (_, expected) = (each.meta_gradient(episodes, each.meta_parameters()) for each in (zero, linear))
+    by_name = dict(zip(linear.parameters_by_name(), expected, strict=True))
+    for name, gradient in zip(zero.parameters_by_name(), found, strict=True):
+        torch.testing.assert_close(gradient, by_name[name], rtol=1e-10, atol=1e-12, msg=name)
+        assert bool(gradient.any())
+    five = family.episodes(1, ways=5)[0]
+    with torch.no_grad():
+        assert zero.logits(zero.adapt(episode_support(five, hide=False)), five.query).shape[1] == 5
+
+
 def test_the_move_can_be_batched_over_tasks() -> None:
     learner = family.away(family.reptile())
     values = {name: parameter.detach() for name, parameter in learner.parameters_by_name().items()}
@@ -93,6 +112,8 @@ def test_what_does_not_move_is_not_learned() -> None:
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"outer_rate": 1.5}, "outer_rate must lie in"),
         ({"rate": -1.0}, "rate must be finite and above 0"),
+        ({"head": "zero", "adapted": ["full@*"]}, "adapt head, too"),
+        ({"head": "ridge"}, "head to start from"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], line: str) -> None:
