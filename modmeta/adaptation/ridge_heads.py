@@ -19,7 +19,7 @@ class RidgeHead(Head):
     the same, however many images it has. Held-out logits are exact leave-one-out in closed form.
 
     Told that labels may be wrong, it asks of every image how likely its label is right, judging by a head that has not
-    seen the image, and divides the image's share in the fit accordingly: one step of expectation maximisation under
+    seen the image, and weighs the image by that in the fit: one step of expectation maximisation under
     labels of which a given share was replaced by any other class. The loss of held-out logits is that of the same
     labels ("forward correction": Patrini et al., "Making Deep Neural Networks Robust to Label Noise", CVPR 2017).
 
