@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -115,7 +116,9 @@ def table(rows: list[dict], domains: list[str]) -> str:
         gains = [cells["adapted", domain, k, "gain"] for domain in domains]
         shown = [f"{100 * r['value']:+.1f} ± {50 * (r['high'] - r['low']):.1f}" for r in gains]
         mean = 100 * sum(r["value"] for r in gains) / len(gains)
-        lines.append(f"| {k} | *gain of adapting, paired* | " + " | ".join(shown) + f" | {mean:+.1f} |")
+        # Domains are independent of each other: the variance of their mean is the sum of theirs by the number squared.
+        half = 50 * math.hypot(*(r["high"] - r["low"] for r in gains)) / len(gains)
+        lines.append(f"| {k} | *gain of adapting, paired* | " + " | ".join(shown) + f" | {mean:+.1f} ± {half:.1f} |")
         for metric, name, factor in FACTS:
             found = [factor * cells["adapted", domain, k, metric]["value"] for domain in domains]
             shown = [f"{value:.1f}" for value in found]
