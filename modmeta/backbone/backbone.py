@@ -301,7 +301,7 @@ class Backbone(nn.Module):
 
     def _examined(self) -> Anatomy:
         if self._anatomy is None:
-            self._anatomy = apart(lambda: examine(self.model, self.image_size, self.feature_dim))
+            self._anatomy = apart(lambda: examine(self.model, self.image_size, self.feature_dim, self.taps))
             if not self._anatomy.cuts:
                 warnings.warn(
                     f"backbone {self.name!r} cannot be cut; every pass runs all of it, which is slower",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,9 @@ class Resume:
 
 
 @torch.no_grad()
-def verified(model: nn.Module, calls: Mapping[str, Call], image_size: int) -> dict[str, Resume]:
+def verified(
+    model: nn.Module, calls: Mapping[str, Call], image_size: int, taps: Sequence[str] = ()
+) -> dict[str, Resume]:
     """Return the modules at which ``model`` can be cut, in the order in which they finish.
 
     Every candidate (a module of the top level or in a sequence, called once, that returns one tensor with the
@@ -53,6 +55,7 @@ def verified(model: nn.Module, calls: Mapping[str, Call], image_size: int) -> di
         model: a shared copy in eval mode; it is left as it was.
         calls: its recorded calls on ``BATCH`` images.
         image_size: height and width of the images, in pixels.
+        taps: modules that the features read directly, see :func:`modmeta.backbone.taps.tap`.
     """
     candidates = _candidates(model, calls)
     tried = candidates | {outer for name in candidates for outer in _ancestors(name) if _hands_over(calls, outer)}
@@ -71,6 +74,7 @@ def verified(model: nn.Module, calls: Mapping[str, Call], image_size: int) -> di
             handle.remove()
     found = {}
     bypassed: set[str] = set()
+    tapped = {outer for name in taps for outer in (name, *_ancestors(name))}
     for name in sorted(tried, key=lambda name: calls[name].entered):
         # What goes past a module goes past all that is inside it: no need to try.
         if bypassed.intersection(_ancestors(name)):
@@ -82,7 +86,8 @@ def verified(model: nn.Module, calls: Mapping[str, Call], image_size: int) -> di
             resume = Resume(resume.skipped, dense=True)
             features = _features(model, name, resume, given, image_size)
         if features is None or not torch.equal(features, expected):
-            bypassed.add(name)
+            # Except where the way past it begins within.
+            bypassed |= {name} - tapped
         # Activations are kept and used again, so a model that writes into them cannot be cut there.
         elif name in candidates and torch.equal(given, hidden[name]):
             found[name] = resume

@@ -18,17 +18,18 @@ from modmeta.backbone.stages import stage_ends
 from modmeta.backbone.trace import Call, nearest_called, parent, trace
 
 
-def examine(model: nn.Module, image_size: int, feature_dim: int) -> Anatomy:
+def examine(model: nn.Module, image_size: int, feature_dim: int, taps: Sequence[str] = ()) -> Anatomy:
     """Find the sites and cuts of a timm model; the model itself is not touched.
 
     Args:
         model: a timm model without classifier.
         image_size: height and width of its images, in pixels.
         feature_dim: length of its feature vectors.
+        taps: modules that the features read directly.
     """
     shell = share(model)
     calls = trace(shell, probe(shell, BATCH, image_size))
-    resumes = verified(shell, calls, image_size)
+    resumes = verified(shell, calls, image_size, taps)
     entered = {name: calls[nearest_called(name, calls)].entered for name, _ in model.named_modules()}
 
     kinds = {name: kind for name, module in shell.named_modules() if (kind := kind_of(name, module))}
