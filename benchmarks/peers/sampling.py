@@ -26,10 +26,11 @@ class InMemory(ImageStore):
         super().__init__(["noise"], [str(c) for c in range(CLASSES)], rows * 0, rows // IMAGES, SIZE, "noise")
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randint(0, 256, (len(rows), 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        self.pixels = self.images.numpy()
 
     def load(self, ids: Ids) -> Tensor:
         """Return images, uint8, whose three channels are one in memory."""
-        return torch.from_numpy(self.images.numpy().take(ids, 0)).expand(-1, 3, -1, -1)
+        return torch.from_numpy(self.pixels.take(ids, 0)).expand(-1, 3, -1, -1)
 
 
 def modmeta(store: InMemory) -> Sampler:

@@ -61,6 +61,8 @@ class DomainDataModule(LightningDataModule):
         eval_shots: the numbers of support images per class to validate and test with; 0 for a learner that needs
             none.
         queries: query images per class.
+        eval_queries: the same for validation and test, where more of them measure an episode better; default:
+            ``queries``.
         episodes_per_step: training episodes in one step, over all devices.
         steps_per_epoch: steps in a training epoch.
         val_episodes: validation episodes per domain and number of shots.
@@ -106,6 +108,7 @@ class DomainDataModule(LightningDataModule):
         shots: int | tuple[int, int] = (1, 10),
         eval_shots: Sequence[int] = (1, 5, 10),
         queries: int = 10,
+        eval_queries: int | None = None,
         episodes_per_step: int = 4,
         steps_per_epoch: int = 50,
         val_episodes: int = 20,
@@ -269,7 +272,7 @@ class DomainDataModule(LightningDataModule):
                 augment=hparams["augment"],
             )
         }  # fmt: skip
-        ways = _range(hparams["eval_ways"]) or ways
+        ways, queries = _range(hparams["eval_ways"]) or ways, hparams["eval_queries"] or queries
         for side in (sides["val"], sides["test"]):
             simulated = side.name == "val" and not hparams["val_domains"]
             same_images = side.classes == sides["train"].classes and side.domains == sides["train"].domains
@@ -288,6 +291,8 @@ class DomainDataModule(LightningDataModule):
             "image_size": 8, "queries": 1, "episodes_per_step": 1, "steps_per_epoch": 1, "val_episodes": 1,
             "test_episodes": 1, "batch_size": 1, "num_workers": 0, "seed": 0,
         }  # fmt: skip
+        if hparams["eval_queries"] is not None:
+            least["eval_queries"] = 1
         for name, bound in least.items():
             if hparams[name] < bound:
                 raise ModmetaError(f"{name}={hparams[name]} is too small; it must be {bound} or more")

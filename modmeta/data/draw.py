@@ -64,8 +64,8 @@ class EpisodeDraw(ABC):
         dealt = [random.permutation(by_class[name]) for name in classes]
         queries = [rows[: self.queries] for rows in dealt]
         support = [rows[self.queries : self.queries + shots] for rows in dealt]
-        ids = torch.from_numpy(np.concatenate(queries + support))
-        images = self.store.load(ids)
+        ids = np.concatenate(queries + support)
+        images = self.store.load(torch.from_numpy(ids))
         count = len(classes) * self.queries
         shift, strength = None, 0.0
         if self.augment:
@@ -83,10 +83,10 @@ class EpisodeDraw(ABC):
             shots=shots,
             support=images[count:],
             support_labels=torch.from_numpy(labels.repeat(shots)),
-            support_ids=ids[count:],
+            support_ids=torch.from_numpy(ids[count:]),
             query=images[:count],
             query_labels=torch.from_numpy(labels.repeat(self.queries)),
-            query_ids=ids[:count],
+            query_ids=torch.from_numpy(ids[:count]),
             shift=shift,
             strength=strength,
         )

@@ -29,7 +29,7 @@ RIDGES = (0.3, 1.0, 3.0)
 _DRAWN_BY = (
     "own_classes", "rotations", "mix_domains", "train_domains", "val_domains", "test_domains", "val_classes",
     "test_classes", "test_seen_classes", "image_size", "ways", "eval_ways", "shots", "eval_shots", "queries",
-    "shift_share", "held_out_shifts", "augment", "source_share", "seed",
+    "eval_queries", "shift_share", "held_out_shifts", "augment", "source_share", "seed",
 )  # fmt: skip
 
 

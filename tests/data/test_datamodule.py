@@ -43,6 +43,14 @@ def test_real_domains_are_not_shifted() -> None:
         assert all(made.episode(split, index).shift is None for index in range(6))
 
 
+def test_evaluation_may_judge_by_more_queries_than_training() -> None:
+    arguments = {"ways": 3, "shots": 1, "eval_shots": [2], "queries": 2, "eval_queries": 7}
+    made = module(val_domains=["ink"], test_domains=["sketch"], **arguments)
+    assert len(made.episode("train", 0).query) == 3 * 2
+    assert len(made.episode("val", 0).query) == len(made.episode("test", 0).query) == 3 * 7
+    assert len(module(test_domains=["sketch"], queries=3).episode("test", 0).query) == 10 * 3
+
+
 def test_without_held_out_families_validation_is_plain() -> None:
     assert module(held_out_shifts=[]).episode("val", 0).shift is None
 
@@ -127,6 +135,8 @@ WRONG = [
     ({"shots": 0}, "shots=0 is no range"),
     ({"eval_shots": []}, "eval_shots=[] must hold"),
     ({"queries": 0}, "queries=0 is too small; it must be 1 or more"),
+    ({"eval_queries": 0}, "eval_queries=0 is too small; it must be 1 or more"),
+    ({"eval_queries": 20}, "for val episodes, and 10 shots + 20 queries ask for 30"),
     ({"seed": -1}, "seed=-1 is too small"),
     ({"root": "/nowhere"}, "the data folder /nowhere does not exist"),
 ]
