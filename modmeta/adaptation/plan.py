@@ -63,6 +63,11 @@ class Plan:
         """Return the plan with every learning rate multiplied by ``factor``."""
         return replace(self, rates=self.rates * factor)
 
+    def strengthened(self, names: Sequence[str], factor: float) -> Plan:
+        """Return the plan with the gates of ``names`` multiplied by ``factor``, up to 1."""
+        chosen = torch.tensor([name in names for name in self.units], device=self.gates.device)
+        return replace(self, gates=torch.where(chosen, (self.gates * factor).clamp(max=1.0), self.gates))
+
     def backward_share(self, shares: Mapping[str, float]) -> float:
         """Return what a step costs in the backward pass, as a share of one that moves all learning units.
 

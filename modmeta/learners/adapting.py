@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,8 +31,10 @@ from modmeta.adaptation import (
     observe_norms,
     read_statistics,
     running_statistics,
+    stratified_folds,
     support_gradients,
     tempered_losses,
+    tune_statistics,
 )
 from modmeta.adapters import State
 from modmeta.backbone import Site
@@ -51,6 +53,7 @@ class PolicyAdaptation(MetaLearner):
     second_order: bool
     budget: float
     prior_share: float
+    statistics_strengths: Sequence[float]
     veto: bool
     veto_folds: int
     veto_caution: float
@@ -62,7 +65,7 @@ class PolicyAdaptation(MetaLearner):
     def adapt(self, support: Support) -> Adapted:
         """Describe the domain, plan, consult the veto, and carry out what remains."""
         situation = self.situate(support)
-        plan = self.plan(situation).detach()
+        plan, strengths = self._tune(self.plan(situation).detach(), support, situation.features)
         plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
@@ -70,6 +73,7 @@ class PolicyAdaptation(MetaLearner):
         report = {
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
+            "statistics_strengths": strengths,
             "verdict": verdict.to_dict(),
             "support_losses": losses,
             "expected_gain": float(plan.gain),
@@ -226,6 +230,17 @@ class PolicyAdaptation(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
+    def _tune(self, plan: Plan, support: Support, features: Tensor) -> tuple[Plan, dict[str, float]]:
+        """Return the plan with its statistics at the strength that serves the support best, and what each gains."""
+        evidence, labels = self._evidence({}, plan, support, features), support.labels
+        if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, evidence["anchored"]):
+            return plan, {}
+
+        def loss(candidate: Plan | None) -> float:
+            return float(self.head.support_loss(evidence["held_out"](candidate), labels).mean())
+
+        return tune_statistics(plan, self._reading(), self.statistics_strengths, loss)
+
     def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
         if not self.veto:
             return Verdict("plan", {}, {}, 0)
@@ -247,7 +262,7 @@ class PolicyAdaptation(MetaLearner):
         """
         support = episode_support(episode, hide=True)
         situation = self.situate(support)
-        plan = self.plan(situation)
+        plan, _ = self._tune(self.plan(situation).detach(), support, situation.features)
         plans = candidates(plan, self._reading())
         measured = measure(plans, **self._evidence(plans, plan, support, situation.features))
         _, ids = episode_ids(episode)

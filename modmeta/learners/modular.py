@@ -70,6 +70,9 @@ class ModularMetaLearner(PolicyAdaptation):
             of an adaptation may take; 1 is no limit. What the indicators and the veto take comes on top.
         prior_share: weight of the unadapted model in the answer of an adapted one, 0..1. Their logits are averaged:
             that takes back part of what an adaptation breaks, and costs every predicted image a second forward pass.
+        statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2, 3]``.
+            All are tried on the labelled support before anything learns from it, one forward pass each, and the one is
+            taken under which a head does best on images that it has not seen. Without any, the policy's gates stand.
         veto: whether the veto may keep the prior; without it every plan is carried out.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
@@ -111,6 +114,7 @@ class ModularMetaLearner(PolicyAdaptation):
         cost_weight: float = 0.02,
         budget: float = 1.0,
         prior_share: float = 0.0,
+        statistics_strengths: Sequence[float] = (),
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
@@ -129,6 +133,8 @@ class ModularMetaLearner(PolicyAdaptation):
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
+        for strength in statistics_strengths:
+            refuse_outside({"statistics_strengths": strength}, 0)
         if veto_folds == 1 or min(veto_folds, veto_trials) < 0:
             given = f"{veto_folds} and {veto_trials}"
             raise ModmetaError(f"veto_folds must be 0, or 2 or more, and veto_trials 0 or more; got {given}")
@@ -144,6 +150,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.cost_weight = cost_weight
         self.budget = budget
         self.prior_share = prior_share
+        self.statistics_strengths = tuple(statistics_strengths)
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution

@@ -1,0 +1,85 @@
+"""The strength of statistics in a learner: measured as the test says it is, and off by default."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+
+from modmeta.adaptation import read_statistics
+from modmeta.data import DomainDataModule
+from modmeta.errors import ModmetaError
+from modmeta.learners import ModularMetaLearner
+from modmeta.learners.measuring import episode_support
+
+STRENGTHS = [0.0, 1.0, 2.0]
+SHARE = 0.5
+
+
+@pytest.fixture(scope="module")
+def data() -> DomainDataModule:
+    module = tiny.digits()
+    module.setup()
+    return module
+
+
+def made(data: DomainDataModule, strengths: list[float]) -> ModularMetaLearner:
+    torch.manual_seed(0)
+    learner = tiny.modular(prior_share=SHARE, statistics_strengths=strengths, veto=False).eval()
+    learner.sources.measure(learner.model.backbone, [c[:3] for c in data.source_images(3)], data.classes)
+    return learner
+
+
+def test_every_strength_is_judged_by_heads_that_have_not_seen_the_image(data: DomainDataModule) -> None:
+    learner = made(data, STRENGTHS)
+    support = episode_support(data.episode("test", 1), hide=False)
+    reading = [unit.name for unit in learner.model.units if unit.reads]
+    with torch.no_grad():
+        plan = learner.plan(learner.situate(support)).detach()
+        adapted = learner.adapt(support)
+        before = learner.held_out_logits(learner.model.backbone(support.images), support)
+    expected = {}
+    for factor in STRENGTHS:
+        tried = plan.keeping(reading).strengthened(reading, factor)
+        with torch.no_grad():
+            state = read_statistics(learner.model, learner.bank.initial(), tried, support.images)
+            after = learner.held_out_logits(learner.features(support.images, state, tried), support)
+        logits = (1 - SHARE) * after + SHARE * before
+        expected[f"{factor:g}"] = float(cross_entropy(before, support.labels) - cross_entropy(logits, support.labels))
+    told = adapted.report["statistics_strengths"]
+    assert told == pytest.approx(expected, abs=1e-4)
+    assert len({round(gain, 4) for gain in told.values()}) == len(STRENGTHS)
+    best = float(max(told, key=lambda name: told[name]))
+    torch.testing.assert_close(adapted.plan.gates, plan.strengthened(reading, best).gates)
+
+
+def test_trials_carry_out_the_strength_that_was_chosen(
+    data: DomainDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, episode = made(data, [2.0]), data.episode("train", 3)
+    reading = [unit.name for unit in learner.model.units if unit.reads]
+    found, plan = learner.trial(episode).gains, learner.plan
+    learner.statistics_strengths = ()
+    assert learner.trial(episode).gains != found
+    monkeypatch.setattr(learner, "plan", lambda situation: plan(situation).strengthened(reading, 2.0))
+    assert learner.trial(episode).gains == pytest.approx(found)
+
+
+def test_without_strengths_or_labels_the_policys_gates_stand(data: DomainDataModule) -> None:
+    support = episode_support(data.episode("test", 0), hide=False)
+    for strengths, given in (([], support), (STRENGTHS, replace(support, labels=None))):
+        learner = made(data, strengths)
+        with torch.no_grad():
+            plan = learner.plan(learner.situate(given)).detach()
+            adapted = learner.adapt(given)
+        assert torch.equal(adapted.plan.gates, plan.gates)
+        assert adapted.report["statistics_strengths"] == {}
+
+
+@pytest.mark.parametrize("strengths", [[-1.0], [1.0, float("nan")]])
+def test_a_strength_that_is_no_factor_is_refused(strengths: list[float]) -> None:
+    with pytest.raises(ModmetaError, match="statistics_strengths"):
+        tiny.modular(statistics_strengths=strengths)
