@@ -53,7 +53,7 @@ class PolicyAdaptation(MetaLearner):
     second_order: bool
     budget: float
     prior_share: float
-    statistics_strengths: Sequence[float]
+    statistics_strengths: list[float]
     veto: bool
     veto_folds: int
     veto_caution: float

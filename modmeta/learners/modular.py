@@ -150,7 +150,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.cost_weight = cost_weight
         self.budget = budget
         self.prior_share = prior_share
-        self.statistics_strengths = tuple(statistics_strengths)
+        self.statistics_strengths = list(statistics_strengths)
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution

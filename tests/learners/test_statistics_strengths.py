@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from modmeta.adaptation import read_statistics
 from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError
+from modmeta.evaluation.card import make_card, render_markdown
 from modmeta.learners import ModularMetaLearner
 from modmeta.learners.measuring import episode_support
 
@@ -51,6 +52,9 @@ def test_every_strength_is_judged_by_heads_that_have_not_seen_the_image(data: Do
         expected[f"{factor:g}"] = float(cross_entropy(before, support.labels) - cross_entropy(logits, support.labels))
     told = adapted.report["statistics_strengths"]
     assert told == pytest.approx(expected, abs=1e-4)
+    page = render_markdown("a", make_card(learner, support, adapted, 1.0))
+    assert f"Statistics count {max(told, key=lambda name: told[name])} times as much as the policy said" in page
+    assert all(f"{name}: {gain:+.3f}" in page for name, gain in told.items())
     assert len({round(gain, 4) for gain in told.values()}) == len(STRENGTHS)
     best = float(max(told, key=lambda name: told[name]))
     torch.testing.assert_close(adapted.plan.gates, plan.strengthened(reading, best).gates)
@@ -62,7 +66,7 @@ def test_trials_carry_out_the_strength_that_was_chosen(
     learner, episode = made(data, [2.0]), data.episode("train", 3)
     reading = [unit.name for unit in learner.model.units if unit.reads]
     found, plan = learner.trial(episode).gains, learner.plan
-    learner.statistics_strengths = ()
+    learner.statistics_strengths = []
     assert learner.trial(episode).gains != found
     monkeypatch.setattr(learner, "plan", lambda situation: plan(situation).strengthened(reading, 2.0))
     assert learner.trial(episode).gains == pytest.approx(found)
@@ -77,6 +81,7 @@ def test_without_strengths_or_labels_the_policys_gates_stand(data: DomainDataMod
             adapted = learner.adapt(given)
         assert torch.equal(adapted.plan.gates, plan.gates)
         assert adapted.report["statistics_strengths"] == {}
+        assert "Statistics count" not in render_markdown("a", make_card(learner, given, adapted, 1.0))
 
 
 @pytest.mark.parametrize("strengths", [[-1.0], [1.0, float("nan")]])
