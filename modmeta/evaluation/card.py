@@ -253,11 +253,10 @@ def _backward(learner: MetaLearner, support: Support, adapted: Adapted) -> dict[
 
 
 def _strengths_sentence(gains: dict[str, float]) -> str:
-    best = max(gains, key=lambda factor: gains[factor])
     tried = ", ".join(f"{factor}: {gain:+.3f}" for factor, gain in gains.items())
     return (
-        f"Statistics count {best} times as much as the policy said, which served the support best. Tried, with the "
-        f"gain in nats per image by heads that had not seen it: {tried}."
+        "Strengths of the statistics that were tried, as multiples of the policy's gates, with the gain in nats per "
+        f"image by heads that had not seen it: {tried}. The planned gates hold the one that was taken."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -236,10 +236,10 @@ class PolicyAdaptation(MetaLearner):
         if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, evidence["anchored"]):
             return plan, {}
 
-        def loss(candidate: Plan | None) -> float:
-            return float(self.head.support_loss(evidence["held_out"](candidate), labels).mean())
+        def losses(candidate: Plan | None) -> Tensor:
+            return self.head.support_loss(evidence["held_out"](candidate), labels)
 
-        return tune_statistics(plan, self._reading(), self.statistics_strengths, loss)
+        return tune_statistics(plan, self._reading(), self.statistics_strengths, losses)
 
     def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
         if not self.veto:

@@ -71,8 +71,8 @@ class ModularMetaLearner(PolicyAdaptation):
         prior_share: weight of the unadapted model in the answer of an adapted one, 0..1. Their logits are averaged:
             that takes back part of what an adaptation breaks, and costs every predicted image a second forward pass.
         statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2, 3]``.
-            All are tried on the labelled support before anything learns from it, one forward pass each, and the one is
-            taken under which a head does best on images that it has not seen. Without any, the policy's gates stand.
+            All are tried on the labelled support before anything learns from it, one forward pass each. The policy's
+            own gates stand unless a head does better on images that it has not seen, by more than a standard error.
         veto: whether the veto may keep the prior; without it every plan is carried out.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.

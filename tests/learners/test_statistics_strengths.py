@@ -42,22 +42,24 @@ def test_every_strength_is_judged_by_heads_that_have_not_seen_the_image(data: Do
         plan = learner.plan(learner.situate(support)).detach()
         adapted = learner.adapt(support)
         before = learner.held_out_logits(learner.model.backbone(support.images), support)
-    expected = {}
+    expected, losses = {}, {}
     for factor in STRENGTHS:
         tried = plan.keeping(reading).strengthened(reading, factor)
         with torch.no_grad():
             state = read_statistics(learner.model, learner.bank.initial(), tried, support.images)
             after = learner.held_out_logits(learner.features(support.images, state, tried), support)
         logits = (1 - SHARE) * after + SHARE * before
-        expected[f"{factor:g}"] = float(cross_entropy(before, support.labels) - cross_entropy(logits, support.labels))
+        losses[factor] = cross_entropy(logits, support.labels, reduction="none")
+        expected[f"{factor:g}"] = float(cross_entropy(before, support.labels) - losses[factor].mean())
     told = adapted.report["statistics_strengths"]
     assert told == pytest.approx(expected, abs=1e-4)
     page = render_markdown("a", make_card(learner, support, adapted, 1.0))
-    assert f"Statistics count {max(told, key=lambda name: told[name])} times as much as the policy said" in page
     assert all(f"{name}: {gain:+.3f}" in page for name, gain in told.items())
     assert len({round(gain, 4) for gain in told.values()}) == len(STRENGTHS)
     best = float(max(told, key=lambda name: told[name]))
-    torch.testing.assert_close(adapted.plan.gates, plan.strengthened(reading, best).gates)
+    gap = losses[1.0] - losses[best]
+    sure = float(gap.mean()) > float(gap.std()) / len(gap) ** 0.5
+    torch.testing.assert_close(adapted.plan.gates, plan.strengthened(reading, best if sure else 1.0).gates)
 
 
 def test_trials_carry_out_the_strength_that_was_chosen(
@@ -81,7 +83,7 @@ def test_without_strengths_or_labels_the_policys_gates_stand(data: DomainDataMod
             adapted = learner.adapt(given)
         assert torch.equal(adapted.plan.gates, plan.gates)
         assert adapted.report["statistics_strengths"] == {}
-        assert "Statistics count" not in render_markdown("a", make_card(learner, given, adapted, 1.0))
+        assert "Strengths of the statistics" not in render_markdown("a", make_card(learner, given, adapted, 1.0))
 
 
 @pytest.mark.parametrize("strengths", [[-1.0], [1.0, float("nan")]])

@@ -40,11 +40,18 @@ class ClosedForm(Readout):
 
     def loss(self, features: Tensor) -> Tensor:
         """Return the mean of the head's loss of the held-out logits."""
+        return self.losses(self.held_out(features)).mean()
+
+    def held_out(self, features: Tensor) -> Tensor:
+        """Return logits ``(S, C)`` of every support image by a fit that has not seen it."""
         support = self.task.support
         assert support.labels is not None
-        anchor = self.task.sources.anchor(support.classes)
-        logits = self.head.held_out(features, support.labels, support.ways, anchor)
-        return self.head.support_loss(logits, support.labels).mean()
+        return self.head.held_out(features, support.labels, support.ways, self.task.sources.anchor(support.classes))
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the head's loss ``(S,)`` of support logits ``(S, C)``."""
+        assert self.task.support.labels is not None
+        return self.head.support_loss(logits, self.task.support.labels)
 
     def classifier(self, features: Tensor) -> Classifier:
         """Fit the head to the adapted features."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from modmeta.adaptation import Plan, read_statistics, tune_statistics
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.data.seeding import rng
 from modmeta.errors import ModmetaError, refuse_outside
+from modmeta.evaluation.systems.readout import ClosedForm
 from modmeta.evaluation.systems.system import Outcome, Task, register_system
 from modmeta.evaluation.systems.unit_system import GradientSystem, Optimizer
 from modmeta.learners import MetaLearner
@@ -26,6 +30,8 @@ class Constant(GradientSystem):
         head: registered name of a head; None takes the learner's own.
         head_options: options of the head.
         prior_share: weight of the unadapted model in the answer, as a policy's learner may give it.
+        statistics_strengths: factors on the gates of units that only read statistics, of which the best on the labelled
+            support is taken, as a policy's learner may do; the recipe is then as constant as its candidates.
     """
 
     def __init__(
@@ -37,10 +43,14 @@ class Constant(GradientSystem):
         head: str | None = None,
         head_options: dict[str, float] | None = None,
         prior_share: float = 0.0,
+        statistics_strengths: Sequence[float] = (),
     ) -> None:
         super().__init__(units, steps, factor, optimizer, head, head_options)
         refuse_outside({"constant: prior_share": prior_share}, 0, 1)
+        for strength in statistics_strengths:
+            refuse_outside({"constant: statistics_strengths": strength}, 0)
         self.prior_share = prior_share
+        self.statistics_strengths = tuple(statistics_strengths)
 
     def gates(self) -> dict[str, float]:
         """Return the configured gates."""
@@ -48,7 +58,27 @@ class Constant(GradientSystem):
 
     def adapt(self, task: Task) -> Outcome:
         """Take the steps at each unit's own rate."""
-        return self.tune(task, self.gates(), {unit.name: self.rate * unit.rate for unit in self.model.units})
+        gates = self.gates()
+        if self.statistics_strengths and task.support.labels is not None:
+            gates |= self._strongest(task, gates)
+        return self.tune(task, gates, {unit.name: self.rate * unit.rate for unit in self.model.units})
+
+    def _strongest(self, task: Task, gates: dict[str, float]) -> dict[str, float]:
+        """Return the gates of the statistics at the strength that serves the support best."""
+        readout, initial, images = ClosedForm(task, self.head), self.initial(task), task.support.images
+        reading = [unit.name for unit in self.model.units if unit.reads and not unit.learns]
+
+        @torch.no_grad()
+        def losses(plan: Plan | None) -> torch.Tensor:
+            logits = before = readout.held_out(task.features)
+            if plan is not None:
+                state = read_statistics(self.model, initial, plan, images)
+                after = readout.held_out(self.model(images, state, plan.gate_of()))
+                logits = torch.lerp(after, before, self.prior_share)
+            return readout.losses(logits)
+
+        plan, _ = tune_statistics(self.plan(gates, {}, 0), reading, self.statistics_strengths, losses)
+        return {name: float(plan.gates[plan.index(name)]) for name in reading}
 
 
 @register_system("sparse_update")

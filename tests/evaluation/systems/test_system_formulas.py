@@ -12,10 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from modmeta.adaptation import backward_macs, inner_loop
+from modmeta.adaptation import backward_macs, inner_loop, read_statistics
 from modmeta.adapters import UnitConfig
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.systems import SYSTEMS, AutoRGN, Constant, RandomGates, SparseUpdate, Task, TinyTrain
+from modmeta.evaluation.systems.readout import ClosedForm
 from modmeta.evaluation.systems.unit_system import GradientSystem
 from modmeta.learners import ModularMetaLearner
 
@@ -241,6 +242,30 @@ def test_constant_gives_the_unadapted_model_its_share(learner: ModularMetaLearne
     assert not torch.allclose(logits[0.0], prior, atol=1e-2)
     with pytest.raises(ModmetaError, match="prior_share"):
         build("constant", learner, units=units, prior_share=1.5)
+
+
+def test_constant_tries_strengths_as_the_learner_does(learner: ModularMetaLearner, make_task: MakeTask) -> None:
+    task = make_task()
+    units = [UnitConfig("norm_blend", gate=0.2), UnitConfig("film", gate=0.5, rate=0.02)]
+    losses, logits = {}, {}
+    readout = ClosedForm(task, learner.head)
+    for factor in (0.0, 1.0, 3.0):
+        scaled = [replace(units[0], gate=0.2 * factor), units[1]]
+        system: Constant = build("constant", learner, units=scaled, prior_share=0.5)
+        gates = {name: gate for name, gate in system.gates().items() if "norm_blend" in name}
+        with torch.no_grad():
+            state = read_statistics(system.model, system.initial(task), system.plan(gates, {}, 0), task.support.images)
+            after = readout.held_out(system.model(task.support.images, state, gates))
+            losses[factor] = readout.losses((after + readout.held_out(task.features)) / 2)
+        logits[factor] = system.adapt(task).classify(task)
+    assert len({float(loss.mean()) for loss in losses.values()}) == 3
+    tried = build("constant", learner, units=units, prior_share=0.5, statistics_strengths=[0.0, 1.0, 3.0]).adapt(task)
+    best = min(losses, key=lambda factor: float(losses[factor].mean()))
+    gap = losses[1.0] - losses[best]
+    best = best if float(gap.mean()) > float(gap.std()) / len(gap) ** 0.5 else 1.0
+    torch.testing.assert_close(tried.classify(task), logits[best], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ModmetaError, match="statistics_strengths"):
+        build("constant", learner, units=units, statistics_strengths=[-1.0])
 
 
 # ---------------------------------------------------------------------- fine-tuning and probes
