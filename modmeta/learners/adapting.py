@@ -65,7 +65,7 @@ class PolicyAdaptation(MetaLearner):
     def adapt(self, support: Support) -> Adapted:
         """Describe the domain, plan, consult the veto, and carry out what remains."""
         situation = self.situate(support)
-        plan, strengths = self._tune(self.plan(situation).detach(), support, situation.features)
+        plan, strengths = self.tune(self.plan(situation).detach(), support, situation.features)
         plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
@@ -230,7 +230,7 @@ class PolicyAdaptation(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
-    def _tune(self, plan: Plan, support: Support, features: Tensor) -> tuple[Plan, dict[str, float]]:
+    def tune(self, plan: Plan, support: Support, features: Tensor) -> tuple[Plan, dict[str, float]]:
         """Return the plan with its statistics at the strength that serves the support best, and what each gains."""
         evidence, labels = self._evidence({}, plan, support, features), support.labels
         if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, evidence["anchored"]):
@@ -262,7 +262,7 @@ class PolicyAdaptation(MetaLearner):
         """
         support = episode_support(episode, hide=True)
         situation = self.situate(support)
-        plan, _ = self._tune(self.plan(situation).detach(), support, situation.features)
+        plan, _ = self.tune(self.plan(situation).detach(), support, situation.features)
         plans = candidates(plan, self._reading())
         measured = measure(plans, **self._evidence(plans, plan, support, situation.features))
         _, ids = episode_ids(episode)
