@@ -231,15 +231,33 @@ class PolicyAdaptation(MetaLearner):
         return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
     def tune(self, plan: Plan, support: Support, features: Tensor) -> tuple[Plan, dict[str, float]]:
-        """Return the plan with its statistics at the strength that serves the support best, and what each gains."""
-        evidence, labels = self._evidence({}, plan, support, features), support.labels
-        if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, evidence["anchored"]):
-            return plan, {}
+        """Return the plan with its statistics at the strength that serves the support best, and what each gains.
 
+        Args:
+            plan: the policy's plan.
+            support: the images; without labels, or with classes that cannot do without one of theirs, nothing is tried.
+            features: their unadapted features ``(S, D)``.
+        """
+        labels, anchored = support.labels, self._anchored(support)
+        if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, anchored):
+            return plan, {}
+        before = self.held_out_logits(features, support)
+
+        @torch.no_grad()
         def losses(candidate: Plan | None) -> Tensor:
-            return self.head.support_loss(evidence["held_out"](candidate), labels)
+            assert labels is not None
+            logits = before
+            if candidate is not None:
+                # What is read at a layer takes effect at once, so the pass that reads ends with the features.
+                x, _ = self.model.observe(support.images, self._initial(candidate, support), candidate.gate_of())
+                logits = torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
+            return self.head.support_loss(logits, labels)
 
         return tune_statistics(plan, self._reading(), self.statistics_strengths, losses)
+
+    def _anchored(self, support: Support) -> bool:
+        """Return whether the head knows the classes without any image of them."""
+        return self.head.anchored and bool(self.sources.view(support.hidden).anchor(support.classes).known.all())
 
     def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
         if not self.veto:
@@ -316,10 +334,9 @@ class PolicyAdaptation(MetaLearner):
             return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
 
         reading = self._reading()
-        known = bool(self.sources.view(support.hidden).anchor(support.classes).known.all())
         return {
             "labels": support.labels,
-            "anchored": known and self.head.anchored,
+            "anchored": self._anchored(support),
             "predict": predict,
             "held_out": held_out,
             "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from modmeta.adaptation import Plan, read_statistics, tune_statistics
+from modmeta.adaptation import Plan, tune_statistics
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.data.seeding import rng
 from modmeta.errors import ModmetaError, refuse_outside
@@ -72,9 +72,8 @@ class Constant(GradientSystem):
         def losses(plan: Plan | None) -> torch.Tensor:
             logits = before = readout.held_out(task.features)
             if plan is not None:
-                state = read_statistics(self.model, initial, plan, images)
-                after = readout.held_out(self.model(images, state, plan.gate_of()))
-                logits = torch.lerp(after, before, self.prior_share)
+                features, _ = self.model.observe(images, initial, plan.gate_of())
+                logits = torch.lerp(readout.held_out(features), before, self.prior_share)
             return readout.losses(logits)
 
         plan, _ = tune_statistics(self.plan(gates, {}, 0), reading, self.statistics_strengths, losses)
