@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
 
 import tiny
 
+from modmeta.data import DomainDataModule
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -18,6 +20,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data() -> DomainDataModule:
+    """Return the tiny digits, ready to draw from."""
+    module = tiny.digits()
+    module.setup()
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,6 @@ SHARE = 0.3
 
 
 @pytest.fixture(scope="module")
-def data() -> DomainDataModule:
-    module = tiny.digits()
-    module.setup()
-    return module
-
-
-@pytest.fixture(scope="module")
 def learner(data: DomainDataModule) -> ModularMetaLearner:
     made = tiny.modular(prior_share=SHARE, head_options={"label_noise": 0.1}).eval()
     made.sources.measure(made.model.backbone, [c[:3] for c in data.source_images(3)], data.classes)

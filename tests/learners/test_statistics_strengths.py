@@ -20,15 +20,7 @@ STRENGTHS = [0.0, 1.0, 2.0]
 SHARE = 0.5
 
 
-@pytest.fixture(scope="module")
-def data() -> DomainDataModule:
-    module = tiny.digits()
-    module.setup()
-    return module
-
-
 def made(data: DomainDataModule, strengths: list[float]) -> ModularMetaLearner:
-    torch.manual_seed(0)
     learner = tiny.modular(prior_share=SHARE, statistics_strengths=strengths, veto=False).eval()
     learner.sources.measure(learner.model.backbone, [c[:3] for c in data.source_images(3)], data.classes)
     return learner
