@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from modmeta.adaptation.plan import Plan
+from modmeta.adaptation.veto import within_one_error
 
 
 def tune_statistics(
@@ -36,11 +37,6 @@ def tune_statistics(
     known = [factor for factor in sorted(found) if found[factor].isfinite().all()]
     gains = {factor: float((before - found[factor]).mean()) for factor in known}
     best = max(gains, key=lambda factor: gains[factor], default=1.0)
-    if 1.0 in gains and not _surely_better(found[1.0] - found[best]):
+    if 1.0 in gains and within_one_error(-found[1.0], -found[best], gains[1.0], gains[best]):
         best = 1.0
     return plan.strengthened(reading, best), {f"{factor:g}": gain for factor, gain in gains.items()}
-
-
-def _surely_better(gain: Tensor) -> bool:
-    """Return whether a mean of two or more exceeds its standard error."""
-    return len(gain) > 1 and bool(gain.mean() > gain.std(correction=1) / len(gain) ** 0.5)

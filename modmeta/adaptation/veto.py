@@ -126,7 +126,7 @@ def judge(
         return Verdict(PRIOR, {}, {}, count)
     best = max(finite, key=lambda name: finite[name])
     choice = next(
-        name for name in finite if _within_one_error(measured.get(name), measured.get(best), gains[name], gains[best])
+        name for name in finite if within_one_error(measured.get(name), measured.get(best), gains[name], gains[best])
     )
     if not gains[choice] > caution * errors[choice]:
         choice = PRIOR
@@ -202,7 +202,7 @@ def _left_out(
     return {name: before - tempered_losses(held_out(plan), labels) for name, plan in plans.items()}
 
 
-def _within_one_error(mine: Tensor | None, best: Tensor | None, gain: float, best_gain: float) -> bool:
+def within_one_error(mine: Tensor | None, best: Tensor | None, gain: float, best_gain: float) -> bool:
     """Return whether a candidate is as good as the best one, up to the error of their paired difference."""
     if mine is None or best is None or len(mine) < 2:
         return gain >= best_gain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -241,19 +242,28 @@ class PolicyAdaptation(MetaLearner):
         labels, anchored = support.labels, self._anchored(support)
         if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, anchored):
             return plan, {}
-        before = self.held_out_logits(features, support)
 
-        @torch.no_grad()
         def losses(candidate: Plan | None) -> Tensor:
             assert labels is not None
-            logits = before
-            if candidate is not None:
-                # What is read at a layer takes effect at once, so the pass that reads ends with the features.
-                x, _ = self.model.observe(support.images, self._initial(candidate, support), candidate.gate_of())
-                logits = torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
-            return self.head.support_loss(logits, labels)
+            return self.head.support_loss(self._held_out(candidate, support, features), labels)
 
         return tune_statistics(plan, self._reading(), self.statistics_strengths, losses)
+
+    @torch.no_grad()
+    def _held_out(self, candidate: Plan | None, support: Support, features: Tensor) -> Tensor:
+        """Return logits ``(S, C)`` of every support image by heads that have not seen it.
+
+        Args:
+            candidate: a plan of which no label moves anything; None is the unadapted model.
+            support: the images, labelled.
+            features: their unadapted features ``(S, D)``.
+        """
+        before = self.held_out_logits(features, support)
+        if candidate is None:
+            return before
+        # What is read at a layer takes effect at once, so the pass that reads ends with the features.
+        x, _ = self.model.observe(support.images, self._initial(candidate, support), candidate.gate_of())
+        return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
 
     def _anchored(self, support: Support) -> bool:
         """Return whether the head knows the classes without any image of them."""
@@ -324,21 +334,12 @@ class PolicyAdaptation(MetaLearner):
                 after = self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
                 return torch.lerp(after, before, self.prior_share)
 
-        @torch.no_grad()
-        def held_out(candidate: Plan | None) -> Tensor:
-            before = self.held_out_logits(features, support)
-            if candidate is None:
-                return before
-            state, _ = self.carry_out(candidate, support)
-            x = self._features(support.images, state, candidate, features)
-            return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
-
         reading = self._reading()
         return {
             "labels": support.labels,
             "anchored": self._anchored(support),
             "predict": predict,
-            "held_out": held_out,
+            "held_out": partial(self._held_out, support=support, features=features),
             "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
             "folds": self.veto_folds,
         }
