@@ -27,7 +27,7 @@ from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.ridge_heads import AnchoredRidgeHead, RidgeHead
 from modmeta.adaptation.signals import SIGNALS, Signal, SignalConfig, SignalMixture, register_signal
 from modmeta.adaptation.sources import SourceStatistics, SourceView, norm_sites, observe_norms, running_statistics
-from modmeta.adaptation.statistics_strength import tune_statistics
+from modmeta.adaptation.statistics_tuning import read_beyond, reading_units, refuse_tuning, tune_statistics
 from modmeta.adaptation.support import Adapted, Support
 from modmeta.adaptation.track_record import TrackRecord, Trial
 from modmeta.adaptation.update_rules import UPDATE_RULES, UpdateRule
@@ -79,7 +79,10 @@ __all__ = [
     "measure",
     "norm_sites",
     "observe_norms",
+    "read_beyond",
     "read_statistics",
+    "reading_units",
+    "refuse_tuning",
     "register_comparison",
     "register_head",
     "register_indicator",

@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 
-from modmeta.adaptation import DivergedError, Plan, Support, backward_macs, tempered_losses
+from modmeta.adaptation import DivergedError, Plan, Support, backward_macs, reading_units, tempered_losses
 from modmeta.adapters import State, Unit
 from modmeta.data import DomainDataModule, Episode
 from modmeta.errors import ModmetaError
@@ -44,7 +44,7 @@ def grid_actions(units: Sequence[Unit]) -> list[Action]:
     Args:
         units: the learner's units.
     """
-    reading = sorted((unit for unit in units if unit.reads and not unit.learns), key=lambda unit: unit.depth)
+    reading = sorted(reading_units(units), key=lambda unit: unit.depth)
     kinds: dict[str, list[Unit]] = {}
     for unit in sorted((unit for unit in units if unit.learns), key=lambda unit: unit.depth):
         kinds.setdefault(unit.module.name, []).append(unit)

@@ -74,6 +74,7 @@ def make_card(
         "backward": _backward(learner, support, adapted),
         "expected_gain": report.get("expected_gain"),
         "expected_gain_deviation": report.get("expected_gain_deviation"),
+        "statistics_depths": report.get("statistics_depths", {}),
         "statistics_strengths": report.get("statistics_strengths", {}),
         "verdict": report.get("verdict"),
         "support_losses": report.get("support_losses", []),
@@ -132,7 +133,7 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
             "",
         ]
     if card["statistics_strengths"]:
-        lines += [_strengths_sentence(card["statistics_strengths"]), ""]
+        lines += [_statistics_sentence(card["statistics_depths"], card["statistics_strengths"]), ""]
     lines += [_cost_sentence(card["backward"]), ""]
     if verdict is not None:
         rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
@@ -252,11 +253,14 @@ def _backward(learner: MetaLearner, support: Support, adapted: Adapted) -> dict[
     }
 
 
-def _strengths_sentence(gains: dict[str, float]) -> str:
-    tried = ", ".join(f"{factor}: {gain:+.3f}" for factor, gain in gains.items())
+def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float]) -> str:
+    def listed(gains: dict[str, float]) -> str:
+        return ", ".join(f"{key}: {gain:+.3f}" for key, gain in gains.items())
+
+    deep = f"Depths down to which statistics were tried, {listed(depths)}; then s" if depths else "S"
     return (
-        "Strengths of the statistics that were tried, as multiples of the policy's gates, with the gain in nats per "
-        f"image by heads that had not seen it: {tried}. The planned gates hold the one that was taken."
+        f"{deep}trengths of the statistics, as multiples of the policy's gates, {listed(strengths)}: each with the "
+        "gain in nats per image by heads that had not seen it. The planned gates hold what was taken."
     )
 
 

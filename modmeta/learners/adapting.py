@@ -30,7 +30,9 @@ from modmeta.adaptation import (
     judge,
     measure,
     observe_norms,
+    read_beyond,
     read_statistics,
+    reading_units,
     running_statistics,
     stratified_folds,
     support_gradients,
@@ -54,6 +56,7 @@ class PolicyAdaptation(MetaLearner):
     second_order: bool
     budget: float
     prior_share: float
+    statistics_depths: list[float]
     statistics_strengths: list[float]
     veto: bool
     veto_folds: int
@@ -66,7 +69,7 @@ class PolicyAdaptation(MetaLearner):
     def adapt(self, support: Support) -> Adapted:
         """Describe the domain, plan, consult the veto, and carry out what remains."""
         situation = self.situate(support)
-        plan, strengths = self.tune(self.plan(situation).detach(), support, situation.features)
+        plan, tried = self.tune(situation, support)
         plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
@@ -74,7 +77,7 @@ class PolicyAdaptation(MetaLearner):
         report = {
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
-            "statistics_strengths": strengths,
+            **tried,
             "verdict": verdict.to_dict(),
             "support_losses": losses,
             "expected_gain": float(plan.gain),
@@ -162,12 +165,23 @@ class PolicyAdaptation(MetaLearner):
         groups = 8 if "groups" in needs else 2
         return support_gradients(self.model, self.bank.initial(), support.images, losses, groups) if losses else []
 
-    def plan(self, situation: Situation, generator: torch.Generator | None = None) -> Plan:
-        """Let the policy decide, within the budget and what the support's labels allow."""
+    def plan(
+        self, situation: Situation, generator: torch.Generator | None = None, depth: float | None = None
+    ) -> Plan:
+        """Let the policy decide, within the budget and what the support's labels allow.
+
+        Args:
+            situation: what is known of the domain.
+            generator: source of the gates' noise while training; None draws no noise.
+            depth: units that begin beyond it read no statistics; None is the first of ``statistics_depths``.
+        """
         whole, each = self.indicators(situation, generator)
         plan = self.policy(self.model.units, whole, each, situation.distances, generator)
         if not torch.isfinite(torch.cat([plan.gates, plan.rates.flatten()])).all():
             raise DivergedError("the policy's plan is not finite")
+        limit = self.statistics_depths[0] if depth is None else depth
+        deep = read_beyond(self.model.units, limit)
+        plan = plan.keeping([name for name in plan.units if name not in deep])
         plan = plan.within(situation.budget, self.backward_shares)
         if situation.labels is None and not self.signals:
             plan = plan.keeping(self._reading())
@@ -229,25 +243,28 @@ class PolicyAdaptation(MetaLearner):
         return self.features(images, state, plan) if plan.gate_of() else prior
 
     def _reading(self) -> list[str]:
-        return [unit.name for unit in self.model.units if unit.reads and not unit.learns]
+        return [unit.name for unit in reading_units(self.model.units)]
 
-    def tune(self, plan: Plan, support: Support, features: Tensor) -> tuple[Plan, dict[str, float]]:
-        """Return the plan with its statistics at the strength that serves the support best, and what each gains.
+    def tune(self, situation: Situation, support: Support) -> tuple[Plan, dict[str, dict[str, float]]]:
+        """Return the plan with its statistics as deep and strong as serves the support best, and what each gains.
 
         Args:
-            plan: the policy's plan.
+            situation: what is known of the domain.
             support: the images; without labels, or with classes that cannot do without one of theirs, nothing is tried.
-            features: their unadapted features ``(S, D)``.
         """
-        labels, anchored = support.labels, self._anchored(support)
-        if not self.statistics_strengths or labels is None or not stratified_folds(labels, 2, anchored):
-            return plan, {}
+        plan, labels, anchored = self.plan(situation).detach(), support.labels, self._anchored(support)
+        first, *others = self.statistics_depths
+        nothing_to_try = not others and not self.statistics_strengths
+        if nothing_to_try or labels is None or not stratified_folds(labels, 2, anchored):
+            return plan, {"statistics_depths": {}, "statistics_strengths": {}}
 
         def losses(candidate: Plan | None) -> Tensor:
             assert labels is not None
-            return self.head.support_loss(self._held_out(candidate, support, features), labels)
+            return self.head.support_loss(self._held_out(candidate, support, situation.features), labels)
 
-        return tune_statistics(plan, self._reading(), self.statistics_strengths, losses)
+        plans = {first: plan} | {depth: self.plan(situation, depth=depth).detach() for depth in others}
+        plan, depths, strengths = tune_statistics(plans, self._reading(), self.statistics_strengths, losses)
+        return plan, {"statistics_depths": depths, "statistics_strengths": strengths}
 
     @torch.no_grad()
     def _held_out(self, candidate: Plan | None, support: Support, features: Tensor) -> Tensor:
@@ -290,7 +307,7 @@ class PolicyAdaptation(MetaLearner):
         """
         support = episode_support(episode, hide=True)
         situation = self.situate(support)
-        plan, _ = self.tune(self.plan(situation).detach(), support, situation.features)
+        plan, _ = self.tune(situation, support)
         plans = candidates(plan, self._reading())
         measured = measure(plans, **self._evidence(plans, plan, support, situation.features))
         _, ids = episode_ids(episode)

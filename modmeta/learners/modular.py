@@ -23,6 +23,7 @@ from modmeta.adaptation import (
     TrackRecord,
     backward_shares,
     norm_sites,
+    refuse_tuning,
     tempered_losses,
 )
 from modmeta.adapters import UnitConfig
@@ -70,9 +71,13 @@ class ModularMetaLearner(PolicyAdaptation):
             of an adaptation may take; 1 is no limit. What the indicators and the veto take comes on top.
         prior_share: weight of the unadapted model in the answer of an adapted one, 0..1. Their logits are averaged:
             that takes back part of what an adaptation breaks, and costs every predicted image a second forward pass.
-        statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2, 3]``.
-            All are tried on the labelled support before anything learns from it, one forward pass each. The policy's
-            own gates stand unless a head does better on images that it has not seen, by more than a standard error.
+        statistics_depths: shares of the way through the backbone, 0..1, down to which units that only read statistics
+            may begin. The first is what plans go by; ``[0.3, 1]`` is for late layers, whose statistics on few images
+            are rather of their content than of the domain, and where they help nonetheless. The others are tried on the
+            labelled support before anything learns from it, one forward pass each: the first stands unless a head does
+            better on images that it has not seen, by more than a standard error.
+        statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2]``, tried
+            after the depths, at the chosen one, in the same way; the policy's own gates stand unless another is better.
         veto: whether the veto may keep the prior; without it every plan is carried out.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
@@ -114,6 +119,7 @@ class ModularMetaLearner(PolicyAdaptation):
         cost_weight: float = 0.02,
         budget: float = 1.0,
         prior_share: float = 0.0,
+        statistics_depths: Sequence[float] = (1.0,),
         statistics_strengths: Sequence[float] = (),
         veto: bool = True,
         veto_folds: int = 2,
@@ -133,8 +139,7 @@ class ModularMetaLearner(PolicyAdaptation):
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
-        for strength in statistics_strengths:
-            refuse_outside({"statistics_strengths": strength}, 0)
+        refuse_tuning(statistics_depths, statistics_strengths)
         if veto_folds == 1 or min(veto_folds, veto_trials) < 0:
             given = f"{veto_folds} and {veto_trials}"
             raise ModmetaError(f"veto_folds must be 0, or 2 or more, and veto_trials 0 or more; got {given}")
@@ -150,6 +155,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.cost_weight = cost_weight
         self.budget = budget
         self.prior_share = prior_share
+        self.statistics_depths = list(statistics_depths)
         self.statistics_strengths = list(statistics_strengths)
         self.veto = veto
         self.veto_folds = veto_folds

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from modmeta.adaptation import Adapted, Plan, Support, backward_macs, candidates, stratified_folds
+from modmeta.adaptation import Adapted, Plan, Support, backward_macs, candidates, reading_units, stratified_folds
 from modmeta.backbone import Backbone
 from modmeta.backbone.fingerprint import fingerprint
 from modmeta.errors import ModmetaError, unknown
@@ -117,7 +117,7 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
         plan = Plan.from_dict(adapted.report["plan"])
         known = bool(learner.sources.view(support.hidden).anchor(support.classes).known.all())
         folds = stratified_folds(support.labels, learner.veto_folds, known and learner.head.anchored)
-        reading = [unit.name for unit in model.units if unit.reads and not unit.learns]
+        reading = [unit.name for unit in reading_units(model.units)]
         for tried in candidates(plan, reading).values():
             open_units = model.active(tried.gate_of())
             total += sum(backward_macs(model, open_units, len(rest), tried.steps) for rest, _ in folds)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from modmeta.adaptation import Plan, tune_statistics
+from modmeta.adaptation import Plan, read_beyond, reading_units, refuse_tuning, tune_statistics
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.data.seeding import rng
 from modmeta.errors import ModmetaError, refuse_outside
@@ -30,8 +30,10 @@ class Constant(GradientSystem):
         head: registered name of a head; None takes the learner's own.
         head_options: options of the head.
         prior_share: weight of the unadapted model in the answer, as a policy's learner may give it.
-        statistics_strengths: factors on the gates of units that only read statistics, of which the best on the labelled
-            support is taken, as a policy's learner may do; the recipe is then as constant as its candidates.
+        statistics_depths: shares of the way through the backbone down to which units that only read statistics may
+            begin, of which the best on the labelled support is taken, as a policy's learner may do; the recipe is then
+            as constant as its candidates.
+        statistics_strengths: factors on the gates of those units, likewise.
     """
 
     def __init__(
@@ -43,30 +45,31 @@ class Constant(GradientSystem):
         head: str | None = None,
         head_options: dict[str, float] | None = None,
         prior_share: float = 0.0,
+        statistics_depths: Sequence[float] = (1.0,),
         statistics_strengths: Sequence[float] = (),
     ) -> None:
         super().__init__(units, steps, factor, optimizer, head, head_options)
         refuse_outside({"constant: prior_share": prior_share}, 0, 1)
-        for strength in statistics_strengths:
-            refuse_outside({"constant: statistics_strengths": strength}, 0)
+        refuse_tuning(statistics_depths, statistics_strengths, "constant: ")
         self.prior_share = prior_share
+        self.statistics_depths = tuple(statistics_depths)
         self.statistics_strengths = tuple(statistics_strengths)
 
-    def gates(self) -> dict[str, float]:
-        """Return the configured gates."""
-        return {unit.name: unit.gate for unit in self.model.units}
+    def gates(self, depth: float | None = None) -> dict[str, float]:
+        """Return the configured gates, without statistics beyond a depth: the first one, unless it is given."""
+        deep = read_beyond(self.model.units, self.statistics_depths[0] if depth is None else depth)
+        return {unit.name: unit.gate for unit in self.model.units if unit.name not in deep}
 
     def adapt(self, task: Task) -> Outcome:
         """Take the steps at each unit's own rate."""
         gates = self.gates()
-        if self.statistics_strengths and task.support.labels is not None:
-            gates |= self._strongest(task, gates)
+        if (self.statistics_strengths or len(self.statistics_depths) > 1) and task.support.labels is not None:
+            gates = self._tuned(task)
         return self.tune(task, gates, {unit.name: self.rate * unit.rate for unit in self.model.units})
 
-    def _strongest(self, task: Task, gates: dict[str, float]) -> dict[str, float]:
-        """Return the gates of the statistics at the strength that serves the support best."""
+    def _tuned(self, task: Task) -> dict[str, float]:
+        """Return the gates with statistics as deep and strong as serves the support best."""
         readout, initial, images = ClosedForm(task, self.head), self.initial(task), task.support.images
-        reading = [unit.name for unit in self.model.units if unit.reads and not unit.learns]
 
         @torch.no_grad()
         def losses(plan: Plan | None) -> torch.Tensor:
@@ -76,8 +79,10 @@ class Constant(GradientSystem):
                 logits = torch.lerp(readout.held_out(features), before, self.prior_share)
             return readout.losses(logits)
 
-        plan, _ = tune_statistics(self.plan(gates, {}, 0), reading, self.statistics_strengths, losses)
-        return {name: float(plan.gates[plan.index(name)]) for name in reading}
+        plans = {depth: self.plan(self.gates(depth), {}, 0) for depth in self.statistics_depths}
+        reading = [unit.name for unit in reading_units(self.model.units)]
+        plan, _, _ = tune_statistics(plans, reading, self.statistics_strengths, losses)
+        return {name: float(gate) for name, gate in plan.gate_of().items()}
 
 
 @register_system("sparse_update")

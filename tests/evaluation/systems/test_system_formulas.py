@@ -268,6 +268,31 @@ def test_constant_tries_strengths_as_the_learner_does(learner: ModularMetaLearne
         build("constant", learner, units=units, statistics_strengths=[-1.0])
 
 
+def test_constant_reads_down_to_the_depth_that_the_support_asks_for(
+    learner: ModularMetaLearner, make_task: MakeTask
+) -> None:
+    task = make_task()
+    units = [UnitConfig("norm_blend", gate=0.6), UnitConfig("film", gate=0.5, rate=0.02)]
+    both: Constant = build("constant", learner, units=units, statistics_depths=[0.3, 1.0])
+    alone = {depth: build("constant", learner, units=units, statistics_depths=[depth]) for depth in (0.3, 1.0)}
+    assert both.gates() == alone[0.3].gates()
+    assert both.gates(1.0) == alone[1.0].gates() == build("constant", learner, units=units).gates()
+    assert set(both.gates()) < set(both.gates(1.0))
+    readout, losses = ClosedForm(task, learner.head), {}
+    for depth, system in alone.items():
+        gates = {name: gate for name, gate in system.gates().items() if "norm_blend" in name}
+        with torch.no_grad():
+            state = read_statistics(system.model, system.initial(task), system.plan(gates, {}, 0), task.support.images)
+            losses[depth] = readout.losses(readout.held_out(system.model(task.support.images, state, gates)))
+    gap = losses[0.3] - losses[1.0]
+    sure = float(gap.mean()) > float(gap.std()) / len(gap) ** 0.5
+    expected = alone[1.0 if sure else 0.3].adapt(task).classify(task)
+    torch.testing.assert_close(both.adapt(task).classify(task), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone[0.3].adapt(task).classify(task), alone[1.0].adapt(task).classify(task), atol=1e-3)
+    with pytest.raises(ModmetaError, match="statistics_depths"):
+        build("constant", learner, units=units, statistics_depths=[])
+
+
 # ---------------------------------------------------------------------- fine-tuning and probes
 
 

@@ -1,4 +1,4 @@
-"""The strength of statistics in a learner: measured as the test says it is, and off by default."""
+"""Depth and strength of statistics in a learner: measured as the test says they are, and off by default."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ STRENGTHS = [0.0, 1.0, 2.0]
 SHARE = 0.5
 
 
-def made(data: DomainDataModule, strengths: list[float]) -> ModularMetaLearner:
-    learner = tiny.modular(prior_share=SHARE, statistics_strengths=strengths, veto=False).eval()
+def made(data: DomainDataModule, strengths: list[float], depths: tuple[float, ...] = (1.0,)) -> ModularMetaLearner:
+    units = [replace(tiny.UNITS[0], group="stage"), *tiny.UNITS[1:]]
+    options = {"units": units, "statistics_depths": depths, "statistics_strengths": strengths}
+    learner = tiny.modular(prior_share=SHARE, veto=False, **options).eval()
     learner.sources.measure(learner.model.backbone, [c[:3] for c in data.source_images(3)], data.classes)
     return learner
 
@@ -75,10 +77,58 @@ def test_without_strengths_or_labels_the_policys_gates_stand(data: DomainDataMod
             adapted = learner.adapt(given)
         assert torch.equal(adapted.plan.gates, plan.gates)
         assert adapted.report["statistics_strengths"] == {}
-        assert "Strengths of the statistics" not in render_markdown("a", make_card(learner, given, adapted, 1.0))
+        assert "trengths of the statistics" not in render_markdown("a", make_card(learner, given, adapted, 1.0))
+
+
+def test_plans_read_down_to_the_first_depth_and_the_support_judges_the_others(data: DomainDataModule) -> None:
+    support = episode_support(data.episode("test", 1), hide=False)
+    learner, everywhere = made(data, [], (0.3, 1.0)), made(data, [])
+    everywhere.load_state_dict(learner.state_dict())
+    reading = [unit.name for unit in learner.model.units if unit.reads]
+    late = [unit.name for unit in learner.model.units if unit.reads and unit.depth > 0.3]
+    assert 0 < len(late) < len(reading)
+    with torch.no_grad():
+        situation = learner.situate(support)
+        full = everywhere.plan(situation).detach()
+        early = full.keeping([name for name in full.units if name not in late])
+        assert torch.equal(learner.plan(situation).gates, early.gates)
+        assert torch.equal(learner.plan(situation, depth=1.0).gates, full.gates)
+        before = learner.held_out_logits(situation.features, support)
+        losses = {}
+        for name, plan in (("0.3", early), ("1", full)):
+            tried = plan.keeping(reading)
+            state = read_statistics(learner.model, learner.bank.initial(), tried, support.images)
+            after = learner.held_out_logits(learner.features(support.images, state, tried), support)
+            losses[name] = cross_entropy(torch.lerp(after, before, SHARE), support.labels, reduction="none")
+        adapted = learner.adapt(support)
+    gains = {name: float(cross_entropy(before, support.labels) - loss.mean()) for name, loss in losses.items()}
+    assert adapted.report["statistics_depths"] == pytest.approx(gains, abs=1e-4)
+    assert abs(gains["1"] - gains["0.3"]) > 1e-3
+    gap = losses["0.3"] - losses["1"]
+    sure = float(gap.mean()) > float(gap.std()) / len(gap) ** 0.5
+    assert torch.equal(adapted.plan.gates, (full if sure else early).gates)
+    page = render_markdown("a", make_card(learner, support, adapted, 1.0))
+    assert f"Depths down to which statistics were tried, 0.3: {gains['0.3']:+.3f}, 1: {gains['1']:+.3f}" in page
+
+
+def test_training_reads_down_to_the_first_depth_only(data: DomainDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = made(data, [], (0.3, 1.0)).train()
+    seen = []
+    carry_out = learner.carry_out
+    monkeypatch.setattr(learner, "carry_out", lambda plan, support: (seen.append(plan), carry_out(plan, support))[1])
+    learner.episode_loss(data.episode("train", 1))
+    late = {unit.name for unit in learner.model.units if unit.reads and unit.depth > 0.3}
+    assert late
+    assert not late & set(seen[0].gate_of())
 
 
 @pytest.mark.parametrize("strengths", [[-1.0], [1.0, float("nan")]])
 def test_a_strength_that_is_no_factor_is_refused(strengths: list[float]) -> None:
     with pytest.raises(ModmetaError, match="statistics_strengths"):
         tiny.modular(statistics_strengths=strengths)
+
+
+@pytest.mark.parametrize("depths", [[], [0.3, 1.5], [float("nan")]])
+def test_a_depth_outside_the_backbone_is_refused(depths: list[float]) -> None:
+    with pytest.raises(ModmetaError, match="statistics_depths"):
+        tiny.modular(statistics_depths=depths)

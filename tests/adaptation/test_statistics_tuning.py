@@ -1,4 +1,4 @@
-"""The strength of statistics: which factor is taken, and what it leaves alone."""
+"""Depth and strength of statistics: which are taken, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def losses_by(gain: Mapping[float, list[float]]) -> Callable[[Plan | None], Tens
 def test_the_best_factor_is_taken_if_it_is_surely_better(gains: list[float], spread: float) -> None:
     low, own, high = gains
     known = {0.5: [low - spread, low + spread], 1.0: [own, own], 2.0: [high - spread, high + spread]}
-    plan, told = tune_statistics(plan_of(0.2, 0.1, 0.7), READING, [0.0, 0.5, 2.0], losses_by(known))
+    plan, _, told = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, [0.0, 0.5, 2.0], losses_by(known))
     assert told == pytest.approx({"0": 0.0, "0.5": low, "1": own, "2": high}, abs=1e-5)
     best = max(told, key=lambda name: told[name])
     error = 0.0 if best in ("0", "1") else spread  # of the mean of two
@@ -52,7 +52,7 @@ def test_the_best_factor_is_taken_if_it_is_surely_better(gains: list[float], spr
 
 def test_gates_stay_within_one() -> None:
     known = {1.0: [0.0, 0.0], 3.0: [0.1, 0.1]}
-    plan, _ = tune_statistics(plan_of(0.2, 0.6, 0.7), READING, [3.0], losses_by(known))
+    plan, _, _ = tune_statistics({1.0: plan_of(0.2, 0.6, 0.7)}, READING, [3.0], losses_by(known))
     assert plan.gates.tolist() == pytest.approx([0.6, 1.0, 0.7])
 
 
@@ -60,11 +60,11 @@ def test_a_gain_that_is_not_finite_is_never_taken() -> None:
     nan, inf = float("nan"), float("inf")
     for own in ([nan, nan], [0.0, 0.0]):
         known = {1.0: own, 2.0: [inf, 0.0], 3.0: [0.2, 0.2]}
-        plan, told = tune_statistics(plan_of(0.2, 0.1, 0.7), READING, list(known), losses_by(known))
+        plan, _, told = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, list(known), losses_by(known))
         assert set(told) <= {"1", "3"}
         assert plan.gates.tolist() == pytest.approx([0.6, 0.3, 0.7])
     blind = {factor: [nan, nan] for factor in known}
-    plan, told = tune_statistics(plan_of(0.2, 0.1, 0.7), READING, list(known), losses_by(blind))
+    plan, _, told = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, list(known), losses_by(blind))
     assert told == {}
     assert plan.gates.tolist() == pytest.approx([0.2, 0.1, 0.7])
 
@@ -74,4 +74,40 @@ def test_closed_statistics_are_not_tried() -> None:
         raise AssertionError("nothing to measure")
 
     closed = plan_of(0.0, 0.0, 0.7)
-    assert tune_statistics(closed, READING, [1.0, 2.0], never) == (closed, {})
+    assert tune_statistics({1.0: closed}, READING, [1.0, 2.0], never) == (closed, {}, {})
+
+
+def gains_at(plan: Plan | None, gains: Mapping[tuple[bool, float], list[float]]) -> Tensor:
+    """Return losses that fall from 1 by the gains of whether the second unit is read, and of the first one's factor."""
+    if plan is None:
+        return torch.ones(2)
+    return 1.0 - torch.tensor(gains[float(plan.gates[1]) > 0, round(float(plan.gates[0]) / 0.2, 3)])
+
+
+@pytest.mark.parametrize(
+    ("deep", "gates"),
+    [
+        ([0.3, 0.4], [0.4, 0.2, 0.7]),  # surely better than 0.1, and so is its factor of 2
+        ([-0.4, 0.8], [0.2, 0.0, 0.7]),  # better on average, by less than its error: the first depth stands
+        ([0.0, 0.0], [0.2, 0.0, 0.7]),
+        ([float("nan"), 0.0], [0.2, 0.0, 0.7]),
+    ],
+)
+def test_the_first_depth_stands_unless_another_is_surely_better(deep: list[float], gates: list[float]) -> None:
+    gains = {(False, 1.0): [0.1, 0.1], (False, 2.0): [0.0, 0.0], (True, 1.0): deep, (True, 2.0): [0.9, 0.9]}
+    plans = {0.5: plan_of(0.2, 0.0, 0.7), 1.0: plan_of(0.2, 0.1, 0.7)}
+    plan, depths, strengths = tune_statistics(plans, READING, [0.0, 2.0], lambda plan: gains_at(plan, gains))
+    known = {"0.5": 0.1, "1": sum(deep) / 2}
+    assert depths == pytest.approx({name: gain for name, gain in known.items() if gain == gain})
+    assert plan.gates.tolist() == pytest.approx(gates)
+    taken = gates[1] > 0
+    assert strengths == pytest.approx({"0": 0.0, "1": 0.35 if taken else 0.1, "2": 0.9 if taken else 0.0}, abs=1e-5)
+
+
+def test_a_first_depth_without_statistics_can_be_left_for_a_deeper_one() -> None:
+    plans = {0.0: plan_of(0.0, 0.0, 0.7), 1.0: plan_of(0.2, 0.1, 0.7)}
+    for gain, gates in ((0.3, [0.4, 0.2, 0.7]), (-0.3, [0.0, 0.0, 0.7])):
+        gains = {(True, 1.0): [gain, gain], (True, 2.0): [2 * gain, 2 * gain]}
+        plan, depths, _ = tune_statistics(plans, READING, [2.0], lambda plan, gains=gains: gains_at(plan, gains))
+        assert depths == pytest.approx({"0": 0.0, "1": gain})
+        assert plan.gates.tolist() == pytest.approx(gates)
