@@ -33,8 +33,7 @@ def calibrate_abstention(learner: MetaLearner, support: Support, target: float, 
     """
     if support.labels is None:
         raise ModmetaError("--abstain-target needs labelled images: give folders class/image, or leave it out")
-    known = learner.sources.view(support.hidden).anchor(support.classes).known
-    splits = stratified_folds(support.labels, folds, learner.head.anchored and bool(known.all()))
+    splits = stratified_folds(support.labels, folds, learner.knows_classes(support))
     if not splits:
         raise ModmetaError("--abstain-target needs two images or more of every class, or leave it out")
     confidences, hits = [], []

@@ -252,10 +252,10 @@ class PolicyAdaptation(MetaLearner):
             situation: what is known of the domain.
             support: the images; without labels, or with classes that cannot do without one of theirs, nothing is tried.
         """
-        plan, labels, anchored = self.plan(situation).detach(), support.labels, self._anchored(support)
+        plan, labels = self.plan(situation).detach(), support.labels
         first, *others = self.statistics_depths
         nothing_to_try = not others and not self.statistics_strengths
-        if nothing_to_try or labels is None or not stratified_folds(labels, 2, anchored):
+        if nothing_to_try or labels is None or not stratified_folds(labels, 2, self.knows_classes(support)):
             return plan, {"statistics_depths": {}, "statistics_strengths": {}}
 
         def losses(candidate: Plan | None) -> Tensor:
@@ -281,10 +281,6 @@ class PolicyAdaptation(MetaLearner):
         # What is read at a layer takes effect at once, so the pass that reads ends with the features.
         x, _ = self.model.observe(support.images, self._initial(candidate, support), candidate.gate_of())
         return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
-
-    def _anchored(self, support: Support) -> bool:
-        """Return whether the head knows the classes without any image of them."""
-        return self.head.anchored and bool(self.sources.view(support.hidden).anchor(support.classes).known.all())
 
     def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
         if not self.veto:
@@ -354,7 +350,7 @@ class PolicyAdaptation(MetaLearner):
         reading = self._reading()
         return {
             "labels": support.labels,
-            "anchored": self._anchored(support),
+            "anchored": self.knows_classes(support),
             "predict": predict,
             "held_out": partial(self._held_out, support=support, features=features),
             "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],

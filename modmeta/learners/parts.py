@@ -159,6 +159,11 @@ class LearnerParts(LightningModule):
             raise ModmetaError(f"class {new[0]!r} is new to the source domains, so its images need labels")
         return anchor.classifier(self.sources.scale, features.mean(0))
 
+    def knows_classes(self, support: Support, head: Head | None = None) -> bool:
+        """Return whether a head, by default the learner's own, knows all the classes without any image of them."""
+        anchor = self._anchor(support)
+        return (head or self.head).anchored and anchor is not None and bool(anchor.known.all())
+
     def logits(self, adapted: Adapted, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return logits ``(B, C)`` of images under an adapted model; differentiable in it."""
         logits = adapted.classifier(self.features(images, adapted.state, adapted.plan, ids))

@@ -115,8 +115,7 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
     total += backward_macs(model, model.units, count, learner.indicators.backward_passes)
     if learner.veto and learner.veto_folds:  # without folds it measures only plans that take no gradient
         plan = Plan.from_dict(adapted.report["plan"])
-        known = bool(learner.sources.view(support.hidden).anchor(support.classes).known.all())
-        folds = stratified_folds(support.labels, learner.veto_folds, known and learner.head.anchored)
+        folds = stratified_folds(support.labels, learner.veto_folds, learner.knows_classes(support))
         reading = [unit.name for unit in reading_units(model.units)]
         for tried in candidates(plan, reading).values():
             open_units = model.active(tried.gate_of())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from modmeta.adaptation import Plan, read_beyond, reading_units, refuse_tuning, tune_statistics
+from modmeta.adaptation import Plan, read_beyond, reading_units, refuse_tuning, stratified_folds, tune_statistics
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.data.seeding import rng
 from modmeta.errors import ModmetaError, refuse_outside
@@ -62,9 +62,10 @@ class Constant(GradientSystem):
 
     def adapt(self, task: Task) -> Outcome:
         """Take the steps at each unit's own rate."""
-        gates = self.gates()
-        if (self.statistics_strengths or len(self.statistics_depths) > 1) and task.support.labels is not None:
-            gates = self._tuned(task)
+        labels, known = task.support.labels, task.learner.knows_classes(task.support, self.head)
+        something_to_try = self.statistics_strengths or len(self.statistics_depths) > 1
+        judged = labels is not None and bool(stratified_folds(labels, 2, known))
+        gates = self._tuned(task) if something_to_try and judged else self.gates()
         return self.tune(task, gates, {unit.name: self.rate * unit.rate for unit in self.model.units})
 
     def _tuned(self, task: Task) -> dict[str, float]:

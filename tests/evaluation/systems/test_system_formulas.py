@@ -293,6 +293,22 @@ def test_constant_reads_down_to_the_depth_that_the_support_asks_for(
         build("constant", learner, units=units, statistics_depths=[])
 
 
+def test_constant_tries_nothing_that_its_head_cannot_judge(
+    learner: ModularMetaLearner, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = [UnitConfig("norm_blend", gate=0.6)]
+    tried: Constant = build("constant", learner, units=units, head="ridge", statistics_strengths=[0.0, 1.0])
+    several = make_task()
+    assert several.support.labels is not None
+    first = torch.tensor([several.support.labels.tolist().index(label) for label in range(several.support.ways)])
+    support = replace(several.support, images=several.support.images[first], labels=several.support.labels[first])
+    ids = several.episode.support_ids[first]
+    episode = replace(several.episode, support=support.images, support_labels=support.labels, support_ids=ids)
+    monkeypatch.setattr(tried, "_tuned", lambda task: {})
+    assert tried.adapt(several).parameters == 0
+    assert tried.adapt(Task(learner, episode, support)).parameters > 0
+
+
 # ---------------------------------------------------------------------- fine-tuning and probes
 
 
