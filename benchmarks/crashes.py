@@ -203,9 +203,12 @@ def table(crashes: list[Crash], chosen: list[Writer]) -> str:
 def small_disk(size: str = "32m") -> Iterator[Path | None]:
     """Mount a small tmpfs and yield it; None where that is not allowed."""
     with tempfile.TemporaryDirectory() as place:
-        mounted = shutil.which("mount") is not None and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True
-        ).returncode
+        mounted = (
+            shutil.which("mount") is not None
+            and not subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True
+            ).returncode
+        )
         try:
             yield Path(place) if mounted else None
         finally:

@@ -30,7 +30,7 @@ SYSTEMS = {
 }
 FACTS = (
     ("harm_rate", "episodes harmed by it, %", 100),
-    ("units_updated", "units updated, %", 100),
+    ("parameters_updated", "parameters updated, %", 100),
     ("seconds", "s per adaptation", 1),
 )
 """Further rows of the adapted model: metric, name and factor."""

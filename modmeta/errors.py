@@ -41,9 +41,7 @@ def unknown(noun: str, name: str, choices: Iterable[str], where: str = "") -> Mo
     return ModmetaError(f"unknown {noun} {name!r}{place}; {advice}")
 
 
-def refuse_outside(
-    numbers: Mapping[str, float], low: float, high: float = math.inf, *, above: bool = False
-) -> None:
+def refuse_outside(numbers: Mapping[str, float], low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Refuse arguments that are not finite or not in a range.
 
     Args:

@@ -29,7 +29,16 @@ ALLOWED = {
     "monitoring": {"adaptation", "adapters", "backbone", "data"},
     "serving": {"adaptation", "adapters", "backbone", "__init__"},  # a host answers with the adapters' heads
     "commands": {
-        "cli", "evaluation", "search", "serving", "learners", "adaptation", "adapters", "backbone", "data", "__init__",
+        "cli",
+        "evaluation",
+        "search",
+        "serving",
+        "learners",
+        "adaptation",
+        "adapters",
+        "backbone",
+        "data",
+        "__init__",
     },
     "cli": {"commands", "__init__"},
     "__main__": {"cli"},

@@ -19,9 +19,10 @@ def entry(setting: Setting) -> Entry:
     def meta_gradient() -> Gradients:
         optimizer, found = torch.optim.SGD(net.parameters(), lr=setting.rate), []
         for task in tasks:
-            with higher.innerloop_ctx(
-                net, optimizer, copy_initial_weights=False, track_higher_grads=second_order
-            ) as (copy, inner):
+            with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False, track_higher_grads=second_order) as (
+                copy,
+                inner,
+            ):
                 for _ in range(setting.steps):
                     inner.step(loss_of(copy, task.support, task.support_labels))
                 loss = loss_of(copy, task.query, task.query_labels)

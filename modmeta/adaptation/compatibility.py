@@ -48,9 +48,7 @@ class Compatibility(nn.Module):
         return min(_MOST_FOLDS, len(self.classes))
 
     @torch.no_grad()
-    def measure(
-        self, domains: Mapping[str, tuple[Tensor, Tensor]], classes: Sequence[str], attributes: Tensor
-    ) -> None:
+    def measure(self, domains: Mapping[str, tuple[Tensor, Tensor]], classes: Sequence[str], attributes: Tensor) -> None:
         """Fit the form to the source domains.
 
         Args:

@@ -40,9 +40,7 @@ def parse(file: Path, text: bytes) -> dict[str, Any]:
         ModmetaError: if it is anything else.
     """
     try:
-        found = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite
-        )
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         refuse(file, f"its header is no valid JSON ({error})")

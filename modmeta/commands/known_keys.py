@@ -150,9 +150,7 @@ def _arguments(cls: type) -> dict[str, Any] | None:
         return None
     if any(parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) for parameter in parameters):
         return None
-    return {
-        p.name: Key(hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
-    }
+    return {p.name: Key(hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters}
 
 
 def _find(path: str, bases: Iterable[type]) -> type | None:

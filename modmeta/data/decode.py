@@ -53,9 +53,7 @@ class BadImageError(ModmetaError):
         header: width, height and mode, if the header could be read.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], reason: str, header: tuple[int, int, str] | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], reason: str, header: tuple[int, int, str] | None = None) -> None:
         super().__init__(f"image {printable(os.fspath(path))} {reason}; remove or fix it")
         self.path = path
         self.reason = reason

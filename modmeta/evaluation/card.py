@@ -299,8 +299,10 @@ def _decision(adapted: Adapted, units: int) -> str:
     if verdict is not None and verdict["choice"] == PRIOR:
         return "Nothing was adapted but the head: the evidence did not speak for the plan."
     chosen = f" (candidate {verdict['choice']!r})" if verdict else ""
-    shared = "" if adapted.prior is None else (
-        " The unadapted model has a share in every answer, which costs it a second forward pass."
+    shared = (
+        ""
+        if adapted.prior is None
+        else (" The unadapted model has a share in every answer, which costs it a second forward pass.")
     )
     return f"{count} of {units} units were adapted{chosen}.{shared}"
 

@@ -67,9 +67,7 @@ def report_gap(table: ActionTable, folder: Path) -> dict[str, Any]:
     return found
 
 
-def verdicts(
-    table: ActionTable, results: Sequence[Result], predicted: Predictability | None
-) -> dict[str, Any]:
+def verdicts(table: ActionTable, results: Sequence[Result], predicted: Predictability | None) -> dict[str, Any]:
     """Return the two gates before a policy is worth training.
 
     E0, is there anything to win: on half of the domains or more the oracle is two points of accuracy or more above the
@@ -131,9 +129,7 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _markdown(
-    table: ActionTable, lookup: Lookup, cells: Sequence[tuple[str, Band]], found: Mapping[str, Any]
-) -> str:
+def _markdown(table: ActionTable, lookup: Lookup, cells: Sequence[tuple[str, Band]], found: Mapping[str, Any]) -> str:
     lines = [
         f"# Action grid: {len(table.actions)} actions on {len(table.episodes)} episodes",
         "",

@@ -165,9 +165,7 @@ class PolicyAdaptation(MetaLearner):
         groups = 8 if "groups" in needs else 2
         return support_gradients(self.model, self.bank.initial(), support.images, losses, groups) if losses else []
 
-    def plan(
-        self, situation: Situation, generator: torch.Generator | None = None, depth: float | None = None
-    ) -> Plan:
+    def plan(self, situation: Situation, generator: torch.Generator | None = None, depth: float | None = None) -> Plan:
         """Let the policy decide, within the budget and what the support's labels allow.
 
         Args:

@@ -38,9 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def __init__(self) -> None:
         self._newest: Path | None = None
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Args:

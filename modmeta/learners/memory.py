@@ -86,9 +86,7 @@ class MemoryLearner(MetaLearner):
         cache_dir: str | None = None,
     ) -> None:
         # The head is that of the system `none`: class means of unadapted features.
-        super().__init__(
-            backbone, units, "prototype", None, source, learning_rate, baselines, source_images, cache_dir
-        )
+        super().__init__(backbone, units, "prototype", None, source, learning_rate, baselines, source_images, cache_dir)
         if ways < 2:
             raise ModmetaError(f"ways: a memory learner needs label codes for 2 or more classes, got {ways}")
         for option, value in {"embedding": embedding, **(network_options or {})}.items():

@@ -80,9 +80,7 @@ class SupernetLearner(MetaLearner):
         units, idle = self.model.units, self.idle_plan()
         gates = [(1.0 if unit.learns else unit.gate) if unit.name in names else 0.0 for unit in units]
         rates = torch.tensor([unit.rate for unit in units], device=self.device)
-        return replace(
-            idle, gates=torch.tensor(gates, device=self.device), rates=rates[:, None].expand(-1, self.steps)
-        )
+        return replace(idle, gates=torch.tensor(gates, device=self.device), rates=rates[:, None].expand(-1, self.steps))
 
     def adapt(self, support: Support) -> Adapted:
         """Adapt the units in ``open``."""

@@ -51,7 +51,6 @@ def take_policy(
         shapes = {key: tuple(value.shape) for key, value in part.state_dict().items()}
         if shapes != {key: tuple(value.shape) for key, value in own.items()}:
             raise ModmetaError(
-                f"policy_from: the {name} of {path} has other tensors than this learner's; "
-                f"give it the same steps"
+                f"policy_from: the {name} of {path} has other tensors than this learner's; give it the same steps"
             )
         part.load_state_dict(own)

@@ -48,9 +48,7 @@ def start_from_table(table: ActionTable, policy: Policy, indicators: IndicatorSe
     policy.load_state_dict(found.state_dict())
 
 
-def _regress(
-    table: ActionTable, best: Tensor, steps: int, indicators: IndicatorSet, units: Sequence[Unit]
-) -> Policy:
+def _regress(table: ActionTable, best: Tensor, steps: int, indicators: IndicatorSet, units: Sequence[Unit]) -> Policy:
     gates = torch.tensor([table.actions[a].gates for a in best.tolist()])
     rates = torch.tensor([table.actions[a].rates for a in best.tolist()])
     ridge = torch.tensor([table.actions[a].ridge for a in best.tolist()])

@@ -77,9 +77,7 @@ class Study:
             for trial in self.trials:
                 state = TrialState.FAIL if trial.result is None else TrialState.COMPLETE
                 values = to_optuna(self.space, trial.values)
-                study.add_trial(
-                    create_trial(state=state, params=values, distributions=self.space, value=trial.result)
-                )
+                study.add_trial(create_trial(state=state, params=values, distributions=self.space, value=trial.result))
             return from_optuna(self.space, study.ask(self.space).params)
         finally:
             optuna.logging.set_verbosity(verbosity)

@@ -238,4 +238,3 @@ def _find(residents: Mapping[str, _Resident], domain: str) -> _Resident:
     if domain not in residents:
         raise unknown("domain", domain, residents, where="the host")
     return residents[domain]
-

@@ -92,9 +92,7 @@ def test_alfa_takes_its_rates_from_the_means_of_parameters_and_gradients(
 
 
 @pytest.mark.parametrize("second_order", [False, True])
-def test_alfa_is_taught_by_what_comes_after(
-    second_order: bool, make: Make, plan_for: PlanFor, images: Tensor
-) -> None:
+def test_alfa_is_taught_by_what_comes_after(second_order: bool, make: Make, plan_for: PlanFor, images: Tensor) -> None:
     model = make("test_efficientnet", *UNITS, dtype=torch.double)
     rule = trained(model, 2).double()
     fresh = {name: tensor.double() for name, tensor in model.fresh().items()}

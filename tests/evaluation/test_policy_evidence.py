@@ -158,9 +158,7 @@ def test_what_is_switched_off_is_all_that_is(
                 assert torch.equal(found[..., column], expected)
 
 
-def test_a_run_goes_on_and_ends_the_same(
-    evidence: Evidence, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_run_goes_on_and_ends_the_same(evidence: Evidence, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = gather(evidence, ["flipped"])
     found = {(r.system, r.shots, r.metric): r for r in first if r.domain == "mean"}
     for shots in (1, 2):

@@ -56,9 +56,7 @@ def test_only_the_clipped_sums_see_the_images(
     assert equal(run(fitted, support, epsilon), run(fitted, others, epsilon))
 
 
-def test_the_gradient_of_an_image_is_its_own(
-    fitted: Fitted, support: Support, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_of_an_image_is_its_own(fitted: Fitted, support: Support, monkeypatch: pytest.MonkeyPatch) -> None:
     others = support.images.flip(-1).clone()
     others[4] = support.images[4]
     found: list[dict[str, Tensor]] = []

@@ -56,9 +56,7 @@ def test_every_strength_is_judged_by_heads_that_have_not_seen_the_image(data: Do
     torch.testing.assert_close(adapted.plan.gates, plan.strengthened(reading, best if sure else 1.0).gates)
 
 
-def test_trials_carry_out_the_strength_that_was_chosen(
-    data: DomainDataModule, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_carry_out_the_strength_that_was_chosen(data: DomainDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, episode = made(data, [2.0]), data.episode("train", 3)
     reading = [unit.name for unit in learner.model.units if unit.reads]
     found, plan = learner.trial(episode).gains, learner.plan

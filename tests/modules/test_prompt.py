@@ -107,9 +107,7 @@ def test_layers_inside_the_block_are_run_again_as_other_units_change_them(
 
 @pytest.mark.parametrize("order", [("bottleneck", "prompt"), ("prompt", "bottleneck")])
 @torch.no_grad()
-def test_earlier_slots_on_the_block_are_run_again_with_it(
-    order: tuple[str, str], build: Build, images: Tensor
-) -> None:
+def test_earlier_slots_on_the_block_are_run_again_with_it(order: tuple[str, str], build: Build, images: Tensor) -> None:
     backbone = build("test_vit", "film")[0].backbone
     options = {"prompt": {"deep": False}, "bottleneck": {}}
     model = AdaptedBackbone(backbone, [UnitConfig(module, options[module], group="all") for module in order])

@@ -144,9 +144,7 @@ def test_what_is_refused_before_the_first_trial(
     assert not Path("study").exists()
 
 
-def test_a_metric_that_is_not_logged_stops_the_study(
-    supernet_config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_metric_that_is_not_logged_stops_the_study(supernet_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune(supernet_config, "study", 2, words=("--metric", "val/gian")) == 2
     assert "unknown metric 'val/gian'; did you mean 'val/gain'?" in capsys.readouterr().err
     assert not Path("study/trials.json").exists()

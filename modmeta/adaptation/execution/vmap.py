@@ -39,9 +39,7 @@ class Vmap(Execution):
         fixed = {name: tensor.detach() for name, tensor in parameters.items()}
         total = {name: torch.zeros_like(tensor) for name, tensor in fixed.items()}
         losses: dict[int, Tensor] = {}
-        vectorised = torch.func.vmap(
-            torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different"
-        )
+        vectorised = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different")
         for places in self._chunks(tasks):
             stacked = {name: torch.stack([tasks[place][name] for place in places]) for name in tasks[places[0]]}
             try:

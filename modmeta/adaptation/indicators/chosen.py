@@ -37,9 +37,7 @@ class IndicatorSet(nn.Module):
     center_unit: Tensor
     scale_unit: Tensor
 
-    def __init__(
-        self, names: Sequence[str] = DEFAULT_INDICATORS, dropout: float = 0.0, noise: float = 0.0
-    ) -> None:
+    def __init__(self, names: Sequence[str] = DEFAULT_INDICATORS, dropout: float = 0.0, noise: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= dropout < 1.0 or not 0.0 <= noise < math.inf:
             raise ModmetaError(

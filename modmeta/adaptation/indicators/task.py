@@ -11,9 +11,7 @@ from torch.nn import functional as F
 from modmeta.adaptation.indicators.base import Situation, entropy, register_indicator
 
 
-@register_indicator(
-    "task", ("log ways", "log mean shots", "log least shots", "evenness", "labelled"), per_unit=False
-)
+@register_indicator("task", ("log ways", "log mean shots", "log least shots", "evenness", "labelled"), per_unit=False)
 def task(s: Situation) -> Tensor:
     """Log ways, log images per class, log images of the smallest class, evenness, and whether there are labels."""
     count = len(s.features)

@@ -53,9 +53,7 @@ def signal(s: Situation) -> Tensor:
     return _rows(s, s.gradients, 2, lambda name: describe(s.gradients[name]))
 
 
-@register_indicator(
-    "place", ("depth", "log parameters", "backward share", "learns", "reads", *KINDS), per_unit=True
-)
+@register_indicator("place", ("depth", "log parameters", "backward share", "learns", "reads", *KINDS), per_unit=True)
 def place(s: Situation) -> Tensor:
     """What and where the unit is.
 
@@ -75,9 +73,7 @@ def _log_size(parts: Tensor) -> Tensor:
     return (parts.sum(0).square().mean().sqrt() + 1e-6).log()
 
 
-def _rows(
-    s: Situation, gradients: Mapping[str, Tensor], width: int, describe: Callable[[str], list[Tensor]]
-) -> Tensor:
+def _rows(s: Situation, gradients: Mapping[str, Tensor], width: int, describe: Callable[[str], list[Tensor]]) -> Tensor:
     """Return ``(U, width)``: zeros for the units that have no gradient."""
     zeros = s.features.new_zeros(width)
     return torch.stack([torch.stack(describe(u.name)) if u.name in gradients else zeros for u in s.units])

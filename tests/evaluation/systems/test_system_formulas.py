@@ -390,9 +390,7 @@ def test_unlabelled_steps_descend_entropy(
                 size = float(gamma.detach().square().mean().sqrt().clamp_min(0.1))
                 for part, parameter in (("scale", gamma), ("shift", beta)):
                     expected = -0.1 * size * parameter.grad  # type: ignore[operator]
-                    torch.testing.assert_close(
-                        state[f"{unit.name}|{site.name}|{part}"], expected, rtol=1e-3, atol=1e-6
-                    )
+                    torch.testing.assert_close(state[f"{unit.name}|{site.name}|{part}"], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_diversity_keeps_predictions_apart(learner: ModularMetaLearner, make_task: MakeTask) -> None:
