@@ -46,6 +46,9 @@ class TrackRecord(nn.Module):
     the training domains, each hidden in turn. Its strength is the one that predicts best on a domain that it was not
     fitted to; where neither forecast nor evidence carries over to new domains, what remains is the mean.
 
+    The policy's whole plan stands unless another candidate is expected to gain more by more than a standard error: over
+    a few dozen trials, less is chance.
+
     The acceptance threshold is the smallest at which no domain would have lost, by more than the standard error of its
     trials: predictions, too, are by a fit that did not see the domain.
     """
@@ -89,6 +92,23 @@ class TrackRecord(nn.Module):
         x = self._standardised(forecast, evidence, shots)
         return float(self.means[row] + self.weights[row] @ x), float(self.errors[row])
 
+    def choose(self, expected: Mapping[str, float]) -> str | None:
+        """Return the candidate to carry out, or None where none is expected to gain enough.
+
+        Args:
+            expected: what :meth:`predict` says of each candidate; what is not finite is never chosen.
+        """
+        best = self._better({name: gain for name, gain in expected.items() if math.isfinite(gain)})
+        return best if best is not None and expected[best] > float(self.threshold) else None
+
+    def _better(self, expected: Mapping[str, float]) -> str | None:
+        best = max(expected, key=lambda name: expected[name], default=None)
+        if best is None or "plan" not in expected:
+            return best
+        row = CANDIDATES.index(best)
+        lead = float(self.errors[row]) / max(int(self.trials[row]), 1) ** 0.5
+        return best if expected[best] - expected["plan"] > lead else "plan"
+
     @torch.no_grad()
     def fit(self, trials: Sequence[Trial]) -> None:
         """Learn from trials; those of several domains say how far a prediction carries.
@@ -115,7 +135,7 @@ class TrackRecord(nn.Module):
             if own:
                 chosen = [trials[index] for index in own]
                 held_out[own, row] = self._fit_candidate(row, name, chosen)
-        self.threshold.fill_(_threshold(trials, held_out))
+        self.threshold.fill_(self._smallest_threshold(trials, held_out))
 
     def _standardised(self, forecast: float, evidence: float | None, shots: float) -> Tensor:
         x = self.center.new_tensor([forecast, evidence or 0.0, math.log(shots)])
@@ -123,6 +143,22 @@ class TrackRecord(nn.Module):
         if evidence is None:
             x[1] = 0.0  # as if it were what is always seen
         return x
+
+    def _smallest_threshold(self, trials: Sequence[Trial], predicted: Tensor) -> float:
+        """Return the smallest threshold, from 0 up, at which no domain loses more than its standard error."""
+        expected, realised = [], []
+        for trial, row in zip(trials, predicted.tolist(), strict=True):
+            known = {name: gain for name, gain in zip(CANDIDATES, row, strict=True) if math.isfinite(gain)}
+            choice = self._better(known)
+            expected.append(-math.inf if choice is None else known[choice])
+            realised.append(0.0 if choice is None else trial.gains[choice])
+        best, gains = predicted.new_tensor(expected), predicted.new_tensor(realised)
+        domains = [torch.tensor([t.domain == domain for t in trials]) for domain in {t.domain for t in trials}]
+        for threshold in [0.0, *sorted(value for value in expected if value > 0.0)]:
+            taken = torch.where(best > threshold, gains, torch.zeros_like(gains))
+            if all(_is_no_loss(taken[own]) for own in domains):
+                return threshold
+        return max(0.0, *expected)
 
     def _fit_candidate(self, row: int, name: str, trials: Sequence[Trial]) -> Tensor:
         """Fit one candidate and return the predictions ``(n,)`` by fits without the trial's domain."""
@@ -154,20 +190,6 @@ def _ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     gram = centred.T @ centred + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(gram, centred.T @ (y - mean))
     return weights, mean - x.mean(0) @ weights
-
-
-def _threshold(trials: Sequence[Trial], predicted: Tensor) -> float:
-    """Return the smallest threshold, from 0 up, at which no domain loses more than its standard error."""
-    best, choice = predicted.max(1)
-    realised = predicted.new_tensor(
-        [trial.gains.get(CANDIDATES[pick], 0.0) for trial, pick in zip(trials, choice.tolist(), strict=True)]
-    )
-    domains = [torch.tensor([t.domain == domain for t in trials]) for domain in {t.domain for t in trials}]
-    for threshold in [0.0, *sorted(value for value in best.tolist() if value > 0.0)]:
-        taken = torch.where(best > threshold, realised, torch.zeros_like(realised))
-        if all(_is_no_loss(taken[own]) for own in domains):
-            return threshold
-    return max(0.0, float(best.max()))
 
 
 def _is_no_loss(gains: Tensor) -> bool:

@@ -83,8 +83,8 @@ def judge(
     left out, it decides alone. Among the plans within one standard error of the best the cheapest wins, and
     it is accepted if its gain exceeds ``caution`` standard errors.
 
-    With a track record, measurement and forecast count as much as they have held on domains that were hidden, the best
-    expected gain wins, and it is accepted above the record's own threshold.
+    With a track record, measurement and forecast count as much as they have held on domains that were hidden; the plan
+    stands unless another candidate is surely better, and is accepted above the record's own threshold.
 
     Args:
         plans: candidates, cheapest first.
@@ -171,9 +171,7 @@ def _by_record(
         if evidence is None or math.isfinite(evidence):
             gains[name], errors[name] = record.predict(name, forecast, evidence, shots)
     finite = {name: gain for name, gain in gains.items() if math.isfinite(gain)}
-    best = max(finite, key=lambda name: finite[name], default=PRIOR)
-    accepted = best != PRIOR and finite[best] > float(record.threshold)
-    return Verdict(best if accepted else PRIOR, finite, {name: errors[name] for name in finite}, count)
+    return Verdict(record.choose(finite) or PRIOR, finite, {name: errors[name] for name in finite}, count)
 
 
 def _cross_fitted(

@@ -83,6 +83,39 @@ def test_an_untried_candidate_is_never_chosen_and_an_empty_record_is_not_ready()
     assert record.predict("plan", 0.0, None, 1)[0] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(("lead", "choice"), [(0.001, "plan"), (0.1, "plan/3"), (-0.1, "plan")])
+def test_the_plan_stands_unless_another_is_surely_better(lead: float, choice: str) -> None:
+    # Gains scatter by 0.03, so the mean of 20 trials is known to 0.007.
+    scatter = torch.randn(20, generator=torch.Generator().manual_seed(0)).mul(0.03).tolist()
+    rows = [
+        Trial(f"d{number % 4}", 5, 0.0, {}, {"plan": 0.2 + each, "plan/3": 0.2 + lead + each})
+        for number, each in enumerate(scatter)
+    ]
+    record = fitted(rows)
+    assert 0.001 < float(record.errors[1]) / 20**0.5 < 0.05
+    expected = {name: record.predict(name, 0.0, None, 5)[0] for name in CANDIDATES}
+    assert expected["plan/3"] - expected["plan"] == pytest.approx(lead, abs=1e-6)
+    assert record.choose(expected) == choice
+    record.threshold.fill_(0.5)
+    assert record.choose(expected) is None
+
+
+def test_without_the_plan_the_best_is_chosen_and_of_nothing_nothing() -> None:
+    record = fitted(trials())
+    assert record.choose({"statistics": 0.1, "plan/3": 0.3}) == "plan/3"
+    assert record.choose({}) is None
+    assert record.choose({"plan": math.nan, "statistics": -math.inf}) is None
+
+
+def test_the_threshold_is_for_what_would_be_chosen() -> None:
+    # The thirds are a hair better on average and would lose nothing; the plans that stand instead lose in one domain.
+    gains = {"a": (0.5, 0.4), "b": (0.5, 0.4), "c": (-0.4, 0.0)}
+    rows = [Trial(d, 5, 0.0, {}, {"plan": p, "plan/3": t}) for d, (p, t) in gains.items() for _ in range(4)]
+    record = fitted(rows)
+    assert record.choose({"plan": 0.2, "plan/3": 0.26}) is None
+    assert fitted([Trial(t.domain, 5, 0.0, {}, {"plan/3": t.gains["plan/3"]}) for t in rows]).choose({"plan/3": 0.26})
+
+
 def test_a_record_survives_its_state_dict() -> None:
     record, other = fitted(trials(slope=0.3)), TrackRecord()
     other.load_state_dict(record.state_dict())
