@@ -20,6 +20,7 @@ class Trial:
 
     Attributes:
         domain: the episode's domain, which was hidden from all that is known of the sources.
+        anchored: whether the head knew all classes without any image of them.
         shots: support images per class.
         forecast: the policy's predicted gain.
         evidence: mean gain on the support per candidate, as the veto sees it; without those it could not measure.
@@ -27,6 +28,7 @@ class Trial:
     """
 
     domain: str
+    anchored: bool
     shots: float
     forecast: float
     evidence: Mapping[str, float]
@@ -46,8 +48,11 @@ class TrackRecord(nn.Module):
     the training domains, each hidden in turn. Its strength is the one that predicts best on a domain that it was not
     fitted to; where neither forecast nor evidence carries over to new domains, what remains is the mean.
 
-    The policy's whole plan stands unless another candidate is expected to gain more by more than a standard error: over
-    a few dozen trials, less is chance.
+    The policy's whole plan stands unless another candidate is expected to gain more, by more than the standard error of
+    their difference: over a few dozen trials, less is chance.
+
+    What plans gained with classes that the head knew from the sources says nothing of new classes, nor the other way
+    round; the record :meth:`covers` what it has trials of.
 
     The acceptance threshold is the smallest at which no domain would have lost, by more than the standard error of its
     trials: predictions, too, are by a fit that did not see the domain.
@@ -58,8 +63,10 @@ class TrackRecord(nn.Module):
     weights: Tensor
     means: Tensor
     errors: Tensor
+    lead_errors: Tensor
     threshold: Tensor
     trials: Tensor
+    kinds: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,13 +76,19 @@ class TrackRecord(nn.Module):
         self.register_buffer("weights", torch.zeros(count, _FEATURES, dtype=torch.double))
         self.register_buffer("means", torch.zeros(count, dtype=torch.double))
         self.register_buffer("errors", torch.zeros(count, dtype=torch.double))
+        self.register_buffer("lead_errors", torch.zeros(count, dtype=torch.double))
         self.register_buffer("threshold", torch.zeros((), dtype=torch.double))
         self.register_buffer("trials", torch.zeros(count, dtype=torch.long))
+        self.register_buffer("kinds", torch.zeros(2, dtype=torch.long))
 
     @property
     def ready(self) -> bool:
         """Whether there is a record to go by."""
         return bool(self.trials.any())
+
+    def covers(self, anchored: bool) -> bool:
+        """Return whether there were trials whose head knew all classes beforehand, or of which it did not."""
+        return bool(self.kinds[int(anchored)])
 
     def predict(self, candidate: str, forecast: float, evidence: float | None, shots: float) -> tuple[float, float]:
         """Return the expected gain of a candidate in nats, and the error that such predictions had on new domains.
@@ -105,9 +118,8 @@ class TrackRecord(nn.Module):
         best = max(expected, key=lambda name: expected[name], default=None)
         if best is None or "plan" not in expected:
             return best
-        row = CANDIDATES.index(best)
-        lead = float(self.errors[row]) / max(int(self.trials[row]), 1) ** 0.5
-        return best if expected[best] - expected["plan"] > lead else "plan"
+        lead = expected[best] - expected["plan"]
+        return best if lead > float(self.lead_errors[CANDIDATES.index(best)]) else "plan"
 
     @torch.no_grad()
     def fit(self, trials: Sequence[Trial]) -> None:
@@ -117,6 +129,7 @@ class TrackRecord(nn.Module):
             trials: some; from none, nothing is learned.
         """
         self.trials.zero_()
+        self.kinds.copy_(torch.bincount(torch.tensor([int(t.anchored) for t in trials], dtype=torch.long), minlength=2))
         if not trials:
             return
         numbers = (
@@ -135,6 +148,8 @@ class TrackRecord(nn.Module):
             if own:
                 chosen = [trials[index] for index in own]
                 held_out[own, row] = self._fit_candidate(row, name, chosen)
+        gains = held_out.new_tensor([[trial.gains.get(name, math.nan) for name in CANDIDATES] for trial in trials])
+        self.lead_errors.copy_(_lead_errors(held_out - gains))
         self.threshold.fill_(self._smallest_threshold(trials, held_out))
 
     def _standardised(self, forecast: float, evidence: float | None, shots: float) -> Tensor:
@@ -190,6 +205,17 @@ def _ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     gram = centred.T @ centred + strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(gram, centred.T @ (y - mean))
     return weights, mean - x.mean(0) @ weights
+
+
+def _lead_errors(misses: Tensor) -> Tensor:
+    """Return the standard error of each candidate's lead over the plan; 0 for one that was never tried beside it.
+
+    Args:
+        misses: ``(n, candidates)`` predicted less realised gains, not finite where a candidate was not tried.
+    """
+    leads = misses - misses[:, CANDIDATES.index("plan"), None]
+    beside = leads.isfinite()
+    return leads.where(beside, leads.new_zeros(())).square().sum(0).sqrt() / beside.sum(0).clamp_min(1)
 
 
 def _is_no_loss(gains: Tensor) -> bool:

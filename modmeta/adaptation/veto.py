@@ -84,7 +84,9 @@ def judge(
     it is accepted if its gain exceeds ``caution`` standard errors.
 
     With a track record, measurement and forecast count as much as they have held on domains that were hidden; the plan
-    stands unless another candidate is surely better, and is accepted above the record's own threshold.
+    stands unless another candidate is surely better, and is accepted above the record's own threshold. Where all of
+    its trials knew their classes and this support's are new, or the other way round, nothing is known of the
+    forecast's worth: it counts as none, and only what is measured can speak for a plan.
 
     Args:
         plans: candidates, cheapest first.
@@ -105,7 +107,9 @@ def judge(
     measured = measure(plans, labels, anchored, predict, held_out=held_out, label_free=label_free, folds=folds)
     count = 0 if labels is None or not measured else len(labels)
     if record is not None and record.ready and labels is not None:
-        return _by_record(plans, measured, record, gain, len(labels) / len(labels.unique()), count)
+        if record.covers(anchored):
+            return _by_record(plans, measured, record, gain, len(labels) / len(labels.unique()), count)
+        gain = 0.0
     gains, errors = {}, {}
     for name in plans:
         # A third of the step, or only the statistics, can be expected to bring a part of the gain.

@@ -315,6 +315,7 @@ class PolicyAdaptation(MetaLearner):
             gains[name] = float((before - after).mean())
         return Trial(
             domain=episode.domain,
+            anchored=self.knows_classes(support),
             shots=len(support.images) / support.ways,
             forecast=float(plan.gain),
             evidence={name: float(each.mean()) for name, each in measured.items()},

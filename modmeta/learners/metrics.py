@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,12 @@ _ROUNDING = 1e-6  # accuracies are means in float32
 _BINS = 15
 _RESAMPLES = 1000
 _PAIRED = ("gain", "harm_rate")
+Values = TypeVar("Values", Tensor, np.ndarray)
+
+
+def harmed(accuracy: Values, reference: Values) -> Values:
+    """Return for each episode whether its accuracy is more than ``HARM`` below the reference's."""
+    return reference - accuracy > HARM + _ROUNDING
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class EpisodeMetrics(nn.Module):
                 float(accuracy),
                 float(nll),
                 float(accuracy - before),
-                float(before - accuracy > HARM + _ROUNDING),
+                float(harmed(accuracy, before)),
                 *further,
             ]
             bins = calibration_bins(scores.double().softmax(-1), labels)

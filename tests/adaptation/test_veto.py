@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from modmeta.adaptation import PRIOR, Plan, candidates, judge, stratified_folds, tempered_losses
+from modmeta.adaptation import (
+    PRIOR,
+    Plan,
+    TrackRecord,
+    Trial,
+    candidates,
+    judge,
+    stratified_folds,
+    tempered_losses,
+)
 
 NAMES = ("statistics", "plan/3", "plan")
 
@@ -112,6 +121,22 @@ def test_without_evidence_the_forecast_decides(labels: Tensor | None) -> None:
         verdict = judge(plans, labels, False, predict, gain=gain, gain_deviation=0.1)
         assert (verdict.choice, verdict.evidence) == (expected, 0)
         assert verdict.gains == {"plan": pytest.approx(gain)}
+
+
+@pytest.mark.parametrize(
+    ("shots", "quality", "choice"), [(1, 2.5, PRIOR), (8, 2.5, "plan"), (8, 0.2, PRIOR)], ids=["none", "good", "bad"]
+)
+def test_a_record_of_known_classes_vouches_for_no_forecast_of_new_ones(shots: int, quality: float, choice: str) -> None:
+    record = TrackRecord()
+    record.fit([Trial(domain, True, 5, 0.4, {}, {"plan": 0.5}) for domain in "aabb"])
+    labels, plans = labels_of(shots), {"plan": plan()}
+    predict = predictor({None: 1.0, "plan": quality}, labels, plans)
+    known, new = (
+        judge(plans, labels, anchored, predict, gain=0.5, gain_deviation=0.1, record=record)
+        for anchored in (True, False)
+    )
+    assert known.choice == "plan"
+    assert new.choice == choice
 
 
 def test_a_label_free_plan_is_judged_on_the_whole_support_and_needs_no_folds() -> None:

@@ -10,7 +10,6 @@ from torchmetrics.classification import MulticlassCalibrationError
 from modmeta.evaluation.compare.statistics import (
     calibration_error,
     episode_weights,
-    harmed,
     interval,
     share_of_gap,
 )
@@ -68,12 +67,6 @@ def test_shared_resamples_make_differences_paired() -> None:
     one, other = weights @ hard, weights @ (hard + 0.1)
     assert interval(other - one) == pytest.approx((0.1, 0.1, 0.1))
     assert interval(one)[2] - interval(one)[1] > 0.1
-
-
-def test_harm_is_more_than_a_point() -> None:
-    reference = np.array([0.80, 0.80, 0.80, 0.80, 0.50])
-    accuracy = np.array([0.80, 0.79, 0.78, 0.90, 0.48])
-    assert harmed(accuracy, reference).tolist() == [0, 0, 1, 0, 1]
 
 
 def test_the_calibration_error_of_the_sample_is_that_of_torchmetrics() -> None:

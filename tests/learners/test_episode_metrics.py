@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError
 
 from modmeta.learners import EpisodeMetrics, Result
-from modmeta.learners.metrics import calibration_bins, expected_calibration_error
+from modmeta.learners.metrics import calibration_bins, expected_calibration_error, harmed
 
 FACTS = {"adapted": ("seconds",)}
 Episode = tuple[int, str, int, Tensor, dict[str, Tensor], float]
@@ -88,6 +89,14 @@ def test_values_and_intervals_are_over_episodes() -> None:
     check("gain", "adapted", [accuracy(e, "adapted") - accuracy(e, "none") for e in mine])
     check("harm_rate", "adapted", [float(accuracy(e, "adapted") - accuracy(e, "none") < -0.0101) for e in mine])
     check("seconds", "adapted", [e[5] for e in mine])
+
+
+def test_harm_is_more_than_a_point_for_arrays_and_tensors_alike() -> None:
+    reference = np.array([0.80, 0.80, 0.80, 0.80, 0.50])
+    accuracy = np.array([0.80, 0.79, 0.78, 0.90, 0.48])
+    assert harmed(accuracy, reference).tolist() == [False, False, True, False, True]
+    single = [torch.from_numpy(each).float() for each in (accuracy, reference)]
+    assert harmed(*single).tolist() == [False, False, True, False, True]
 
 
 def test_a_point_less_is_no_harm_and_a_hair_more_is() -> None:

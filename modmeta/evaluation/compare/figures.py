@@ -11,8 +11,9 @@ from modmeta.data.seeding import rng
 from modmeta.evaluation.compare.hindsight import best_constants, hindsight_rows
 from modmeta.evaluation.compare.rows import Row
 from modmeta.evaluation.compare.settings import MEAN, Comparison
-from modmeta.evaluation.compare.statistics import calibration_error, episode_weights, harmed, interval, share_of_gap
+from modmeta.evaluation.compare.statistics import calibration_error, episode_weights, interval, share_of_gap
 from modmeta.learners import Result
+from modmeta.learners.metrics import harmed
 
 _AVERAGED = ("accuracy", "nll", "parameters_updated", "backward_macs", "seconds")
 
@@ -91,7 +92,7 @@ def _figures(rows: Sequence[Row], comparison: Comparison, domain: str, shots: in
         columns = {metric: np.array([float(getattr(row, metric)) for row in mine]) for metric in _AVERAGED}
         if system != comparison.reference:
             columns["gain"] = columns["accuracy"] - reference
-            columns["harm_rate"] = harmed(columns["accuracy"], reference)
+            columns["harm_rate"] = harmed(columns["accuracy"], reference).astype(float)
         # One product for all columns is several times faster than one each.
         averages = zip(columns, _average(weights, columns), strict=True)
         figures |= {(system, metric): figure for metric, figure in averages}

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from modmeta.learners.metrics import HARM
-
 RESAMPLES = 10_000
 _ROUNDING = 1e-9
 
@@ -36,11 +34,6 @@ def interval(figure: np.ndarray) -> tuple[float, float, float]:
     value = float(figure[0])
     low, high = np.quantile(figure[1:], (0.025, 0.975))
     return value, min(float(low), value), max(float(high), value)
-
-
-def harmed(accuracy: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return for each episode 1 where its accuracy is more than a point below the reference's, else 0."""
-    return (reference - accuracy > HARM + _ROUNDING).astype(float)
 
 
 def calibration_error(weights: np.ndarray, bins: np.ndarray) -> np.ndarray:
