@@ -12,6 +12,7 @@ from torch import Tensor, nn
 CANDIDATES = ("statistics", "plan/3", "plan")
 _FEATURES = 3  # forecast, evidence, logarithm of the shots
 _STRENGTHS = (0.01, 0.1, 1.0, 10.0, math.inf)
+_SURE = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class TrackRecord(nn.Module):
     the training domains, each hidden in turn. Its strength is the one that predicts best on a domain that it was not
     fitted to; where neither forecast nor evidence carries over to new domains, what remains is the mean.
 
-    The policy's whole plan stands unless another candidate is expected to gain more, by more than the standard error of
-    their difference: over a few dozen trials, less is chance.
+    The policy's whole plan stands unless another candidate is expected to gain more, by more than two standard errors
+    of their difference, over trials or over domains, whichever is larger: over a few dozen trials, less is chance. A
+    plan that is not accepted gives way to the best that is.
 
     What plans gained with classes that the head knew from the sources says nothing of new classes, nor the other way
     round; the record :meth:`covers` what it has trials of.
@@ -111,15 +113,15 @@ class TrackRecord(nn.Module):
         Args:
             expected: what :meth:`predict` says of each candidate; what is not finite is never chosen.
         """
-        best = self._better({name: gain for name, gain in expected.items() if math.isfinite(gain)})
-        return best if best is not None and expected[best] > float(self.threshold) else None
+        return self._best(expected, float(self.threshold))
 
-    def _better(self, expected: Mapping[str, float]) -> str | None:
-        best = max(expected, key=lambda name: expected[name], default=None)
-        if best is None or "plan" not in expected:
+    def _best(self, expected: Mapping[str, float], threshold: float) -> str | None:
+        accepted = {name: gain for name, gain in expected.items() if math.isfinite(gain) and gain > threshold}
+        best = max(accepted, key=lambda name: accepted[name], default=None)
+        if best is None or "plan" not in accepted:
             return best
-        lead = expected[best] - expected["plan"]
-        return best if lead > float(self.lead_errors[CANDIDATES.index(best)]) else "plan"
+        sure = _SURE * float(self.lead_errors[CANDIDATES.index(best)])
+        return best if accepted[best] - accepted["plan"] > sure else "plan"
 
     @torch.no_grad()
     def fit(self, trials: Sequence[Trial]) -> None:
@@ -149,7 +151,7 @@ class TrackRecord(nn.Module):
                 chosen = [trials[index] for index in own]
                 held_out[own, row] = self._fit_candidate(row, name, chosen)
         gains = held_out.new_tensor([[trial.gains.get(name, math.nan) for name in CANDIDATES] for trial in trials])
-        self.lead_errors.copy_(_lead_errors(held_out - gains))
+        self.lead_errors.copy_(_lead_errors(held_out - gains, [trial.domain for trial in trials]))
         self.threshold.fill_(self._smallest_threshold(trials, held_out))
 
     def _standardised(self, forecast: float, evidence: float | None, shots: float) -> Tensor:
@@ -161,19 +163,16 @@ class TrackRecord(nn.Module):
 
     def _smallest_threshold(self, trials: Sequence[Trial], predicted: Tensor) -> float:
         """Return the smallest threshold, from 0 up, at which no domain loses more than its standard error."""
-        expected, realised = [], []
-        for trial, row in zip(trials, predicted.tolist(), strict=True):
-            known = {name: gain for name, gain in zip(CANDIDATES, row, strict=True) if math.isfinite(gain)}
-            choice = self._better(known)
-            expected.append(-math.inf if choice is None else known[choice])
-            realised.append(0.0 if choice is None else trial.gains[choice])
-        best, gains = predicted.new_tensor(expected), predicted.new_tensor(realised)
+        expected = [dict(zip(CANDIDATES, row, strict=True)) for row in predicted.tolist()]
         domains = [torch.tensor([t.domain == domain for t in trials]) for domain in {t.domain for t in trials}]
-        for threshold in [0.0, *sorted(value for value in expected if value > 0.0)]:
-            taken = torch.where(best > threshold, gains, torch.zeros_like(gains))
-            if all(_is_no_loss(taken[own]) for own in domains):
-                return threshold
-        return max(0.0, *expected)
+        values = sorted({gain for row in expected for gain in row.values() if gain > 0.0})
+        for threshold in [0.0, *values]:
+            chosen = [self._best(row, threshold) for row in expected]
+            pairs = zip(trials, chosen, strict=True)
+            gains = predicted.new_tensor([0.0 if name is None else trial.gains[name] for trial, name in pairs])
+            if all(_is_no_loss(gains[own]) for own in domains):
+                break
+        return threshold
 
     def _fit_candidate(self, row: int, name: str, trials: Sequence[Trial]) -> Tensor:
         """Fit one candidate and return the predictions ``(n,)`` by fits without the trial's domain."""
@@ -207,15 +206,21 @@ def _ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     return weights, mean - x.mean(0) @ weights
 
 
-def _lead_errors(misses: Tensor) -> Tensor:
+def _lead_errors(misses: Tensor, domains: Sequence[str]) -> Tensor:
     """Return the standard error of each candidate's lead over the plan; 0 for one that was never tried beside it.
 
     Args:
         misses: ``(n, candidates)`` predicted less realised gains, not finite where a candidate was not tried.
+        domains: of the trials.
     """
     leads = misses - misses[:, CANDIDATES.index("plan"), None]
-    beside = leads.isfinite()
-    return leads.where(beside, leads.new_zeros(())).square().sum(0).sqrt() / beside.sum(0).clamp_min(1)
+    own = torch.tensor([[domain == each for domain in domains] for each in sorted({*domains})])
+    return torch.maximum(_error_of_mean(leads), _error_of_mean(torch.stack([leads[rows].nanmean(0) for rows in own])))
+
+
+def _error_of_mean(values: Tensor) -> Tensor:
+    known = values.isfinite()
+    return values.where(known, values.new_zeros(())).square().sum(0).sqrt() / known.sum(0).clamp_min(1)
 
 
 def _is_no_loss(gains: Tensor) -> bool:
