@@ -12,7 +12,7 @@ from torch import Tensor
 from modmeta.adaptation.heads import Classifier
 from modmeta.adaptation.plan import Plan
 from modmeta.adapters import State
-from modmeta.adapters.adapter_file import HEAD, PRIOR_HEAD, AdapterFile
+from modmeta.adapters.adapter_file import HEAD, PRIOR_HEAD, AdapterFile, has_prior
 from modmeta.errors import ModmetaError
 
 
@@ -107,5 +107,5 @@ class Adapted:
             return Classifier(**tensors, normalize=file.head[part + "normalize"])
 
         state = {name: tensor.to(device) for name, tensor in file.state.items()}
-        beside = classifier(PRIOR_HEAD) if prior in file.head else None
+        beside = classifier(PRIOR_HEAD) if has_prior(file.head) else None
         return cls(state, plan, classifier(""), file.classes, prior=beside)

@@ -64,6 +64,11 @@ class AdapterFile:
         return replace(self, state=parts["state"], classifier=parts["head"])
 
 
+def has_prior(head: Mapping[str, Any]) -> bool:
+    """Return whether the options of a file's head are of two classifiers, the second on unadapted features."""
+    return any(option.startswith(PRIOR_HEAD) for option in head)
+
+
 def write_adapter(path: str | Path, model: AdaptedBackbone, content: AdapterFile) -> str:
     """Write an adapter file, whole or not at all; the same content always gives the same bytes.
 
@@ -258,7 +263,7 @@ def _expected(
         if name.partition("|")[0] in names
     }
     head = {"weight": (width, classes), "bias": (classes,), "center": (width,), "scale": ()}
-    parts = ("", PRIOR_HEAD) if any(option.startswith(PRIOR_HEAD) for option in options) else ("",)
+    parts = ("", PRIOR_HEAD) if has_prior(options) else ("",)
     return shapes | {f"head:{part}{name}": shape for part in parts for name, shape in head.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modmeta.adapters import AdaptedBackbone, Unit
-from modmeta.adapters.adapter_file import HEAD, PRIOR_HEAD, AdapterFile
+from modmeta.adapters.adapter_file import HEAD, PRIOR_HEAD, AdapterFile, has_prior
 from modmeta.backbone.anatomy import FEATURES
 from modmeta.backbone.shell import hooked
 
@@ -23,11 +23,6 @@ def gates_of(content: AdapterFile) -> dict[str, float]:
 def slot_units(model: AdaptedBackbone, content: AdapterFile) -> list[Unit]:
     """Return the active units that compute something new instead of changing weights."""
     return [unit for unit in model.active(gates_of(content)) if unit.module.is_slot()]
-
-
-def has_prior(content: AdapterFile) -> bool:
-    """Return whether the unadapted backbone has a share in the answer."""
-    return f"{PRIOR_HEAD}normalize" in content.head
 
 
 @torch.no_grad()
@@ -91,7 +86,7 @@ class ClosedModel(nn.Module):
         self.backbone = merged_backbone(model, content)
         self.head = ClosedHead(content)
         self.prior = self.prior_head = None
-        if has_prior(content):
+        if has_prior(content.head):
             self.prior = _copied(model)
             self.prior_head = ClosedHead(content, PRIOR_HEAD)
         for name in ("mean", "std"):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modmeta.adapters import AdaptedBackbone
-from modmeta.adapters.adapter_file import AdapterFile
+from modmeta.adapters.adapter_file import AdapterFile, has_prior
 from modmeta.errors import ModmetaError
-from modmeta.serving.export_module import ClosedHead, has_prior, merged_backbone, slot_units
+from modmeta.serving.export_module import ClosedHead, merged_backbone, slot_units
 
 HEAD_SUFFIX = ".head.safetensors"
 """Ending of the second file, where the head does not fit into timm's classifier."""
@@ -27,7 +27,7 @@ def write_state_dict(
     path: Path, model: AdaptedBackbone, content: AdapterFile, metadata: dict[str, Any], dtype: torch.dtype
 ) -> str:
     """Write the merged tensors; see :func:`modmeta.serving.export.export_adapter`."""
-    if has_prior(content):
+    if has_prior(content.head):
         raise ModmetaError(
             "the unadapted backbone has a share in the answer (prior_share), and a state dict holds one network; use "
             "--format torch_export or onnx"
