@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modmeta.adaptation import RidgeHead, Support
+from modmeta.adaptation import Support
 from modmeta.commands.quiet import quiet
 from modmeta.data import DomainDataModule
 from modmeta.data.seeding import rng
@@ -69,13 +69,12 @@ def main() -> None:
 
 def doubt(learner: MetaLearner, support: Support) -> float:
     """Return the expected share of wrong labels."""
-    head, labels = learner.head, support.labels
-    if not isinstance(head, RidgeHead) or not head.label_noise:
-        raise ModmetaError("the checkpoint's head takes every label at its word; give it head_options.label_noise")
-    assert labels is not None
-    features = learner.prior_features(support.images)
-    right, wrong = head.likelihoods(learner.held_out_logits(features, support), labels)
-    return float((wrong / (right + wrong)).mean())
+    found = learner.wrong_labels(learner.prior_features(support.images), support)
+    if not found:
+        raise ModmetaError(
+            "the checkpoint's head takes every label at its word, or does not know the classes beforehand"
+        )
+    return found["expected"]
 
 
 if __name__ == "__main__":

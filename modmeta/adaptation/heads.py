@@ -126,6 +126,9 @@ class Head(nn.Module, ABC):
     anchored = False
     """Whether the head knows the source classes without any support image."""
 
+    label_noise = 0.0
+    """Share of the labels that it reckons with as wrong."""
+
     def __init__(self, scale: float = 10.0, ridge: float = 1.0) -> None:
         super().__init__()
         refuse_outside({"head_options.scale": scale, "head_options.ridge": ridge}, 0, above=True)
@@ -147,6 +150,10 @@ class Head(nn.Module, ABC):
     def support_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss ``(S,)`` of held-out logits, which an inner loop descends."""
         return F.cross_entropy(logits, labels, reduction="none")
+
+    def doubt(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return how likely every label is wrong ``(S,)``, from held-out logits; 0 of a head that reckons with none."""
+        return torch.zeros_like(logits[:, 0])
 
     @abstractmethod
     def fit_to(self, support: Labelled) -> Classifier:

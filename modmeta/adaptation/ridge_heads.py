@@ -60,20 +60,27 @@ class RidgeHead(Head):
         """Return the negative log-likelihood ``(S,)`` of labels of which some may be wrong."""
         if not self.label_noise:
             return super().support_loss(logits, labels)
-        right, wrong = self.likelihoods(logits, labels)
+        right, wrong = self._likelihoods(logits, labels)
         return -(right + wrong).log()
+
+    def doubt(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return how likely every label is wrong ``(S,)``, by Bayes' rule with the share that is reckoned with."""
+        if not self.label_noise:
+            return super().doubt(logits, labels)
+        right, wrong = self._likelihoods(logits, labels)
+        return wrong / (right + wrong)
 
     @torch.no_grad()
     def trust(self, support: Labelled) -> Tensor:
         """Return how likely every label is right ``(S,)``; no gradient follows from it."""
-        right, wrong = self.likelihoods(self.held_out_of(support), support.labels)
+        right, wrong = self._likelihoods(self.held_out_of(support), support.labels)
         # With the only image of a class that no source knows, all that could vouch for it is left out.
         alone = support.one_hot.sum(0)[support.labels] == 1
         if support.anchor is not None and self.anchored:
             alone &= ~support.anchor.known[support.labels]
         return torch.where(alone, torch.ones_like(right), right / (right + wrong)).clamp_min(_LEAST_TRUST)
 
-    def likelihoods(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _likelihoods(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probabilities ``(S,)`` of a label that is right, and of the same label being a wrong one."""
         own = logits.softmax(-1).gather(1, labels[:, None]).squeeze(1).clamp_min(torch.finfo(logits.dtype).tiny)
         return (1 - self.label_noise) * own, self.label_noise * (1 - own) / max(logits.shape[1] - 1, 1)

@@ -76,6 +76,7 @@ def make_card(
         "expected_gain_deviation": report.get("expected_gain_deviation"),
         "statistics_depths": report.get("statistics_depths", {}),
         "statistics_strengths": report.get("statistics_strengths", {}),
+        "wrong_labels": report.get("wrong_labels", {}),
         "verdict": report.get("verdict"),
         "support_losses": report.get("support_losses", []),
         "backbone": {
@@ -134,6 +135,9 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
         ]
     if card["statistics_strengths"]:
         lines += [_statistics_sentence(card["statistics_depths"], card["statistics_strengths"]), ""]
+    if card["wrong_labels"]:
+        learned = any(unit["open"] and unit["learns"] for unit in card["units"])
+        lines += [_labels_sentence(learned=learned, **card["wrong_labels"]), ""]
     lines += [_cost_sentence(card["backward"]), ""]
     if verdict is not None:
         rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
@@ -261,6 +265,14 @@ def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float]) 
     return (
         f"{deep}trengths of the statistics, as multiples of the policy's gates, {listed(strengths)}: each with the "
         "gain in nats per image by heads that had not seen it. The planned gates hold what was taken."
+    )
+
+
+def _labels_sentence(expected: float, reckoned: float, learned: bool) -> str:
+    too_many = ": too many for anything to learn from them" if expected > reckoned and not learned else ""
+    return (
+        f"Labels that look wrong to heads that had not seen their image: {100 * expected:.1f} %, where "
+        f"{100 * reckoned:g} % are reckoned with{too_many}."
     )
 
 

@@ -67,10 +67,16 @@ class PolicyAdaptation(MetaLearner):
     _norm_sites: list[Site]
 
     def adapt(self, support: Support) -> Adapted:
-        """Describe the domain, plan, consult the veto, and carry out what remains."""
+        """Describe the domain, plan, consult the veto, and carry out what remains.
+
+        Where more labels look wrong than the head reckons with, the veto is not offered what learns from them.
+        """
         situation = self.situate(support)
         plan, tried = self.tune(situation, support)
         plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
+        wrong = self.wrong_labels(situation.features, support)
+        if self.veto and wrong and wrong["expected"] > wrong["reckoned"]:
+            plans = {name: each for name, each in plans.items() if self._reads_only(each)}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support)
@@ -78,6 +84,7 @@ class PolicyAdaptation(MetaLearner):
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
             **tried,
+            "wrong_labels": wrong,
             "verdict": verdict.to_dict(),
             "support_losses": losses,
             "expected_gain": float(plan.gain),
@@ -243,6 +250,9 @@ class PolicyAdaptation(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in reading_units(self.model.units)]
 
+    def _reads_only(self, plan: Plan) -> bool:
+        return set(plan.gate_of()) <= set(self._reading())
+
     def tune(self, situation: Situation, support: Support) -> tuple[Plan, dict[str, dict[str, float]]]:
         """Return the plan with its statistics as deep and strong as serves the support best, and what each gains.
 
@@ -346,12 +356,11 @@ class PolicyAdaptation(MetaLearner):
                 after = self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
                 return torch.lerp(after, before, self.prior_share)
 
-        reading = self._reading()
         return {
             "labels": support.labels,
             "anchored": self.knows_classes(support),
             "predict": predict,
             "held_out": partial(self._held_out, support=support, features=features),
-            "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
+            "label_free": [name for name, each in plans.items() if self._reads_only(each)],
             "folds": self.veto_folds,
         }

@@ -122,6 +122,21 @@ class LearnerParts(LightningModule):
         anchor = self._anchor(support)
         return self.head.held_out(features, support.labels, support.ways, anchor, ridge)
 
+    @torch.no_grad()
+    def wrong_labels(self, features: Tensor, support: Support) -> dict[str, float]:
+        """Return the ``expected`` share of wrong labels, and the share that the head has ``reckoned`` with.
+
+        Nothing, where the head takes labels at their word, or where no classifier of the sources could contradict them.
+
+        Args:
+            features: ``(S, D)`` of the support, unadapted.
+            support: where they come from.
+        """
+        if support.labels is None or not self.head.label_noise or not self.knows_classes(support):
+            return {}
+        doubt = self.head.doubt(self.held_out_logits(features, support), support.labels)
+        return {"expected": float(doubt.mean()), "reckoned": self.head.label_noise}
+
     def query_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of an adapted model on query images, a scalar."""
         return F.cross_entropy(logits, labels)

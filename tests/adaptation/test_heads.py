@@ -275,6 +275,18 @@ def test_a_wrong_label_is_trusted_least_and_costs_a_wary_head_less() -> None:
     assert on_truth[0] < on_truth[1]
 
 
+def test_doubt_is_the_posterior_of_labels_some_of_which_are_wrong() -> None:
+    logits = torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 3
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    true = torch.arange(4)
+    for row, label in enumerate(labels):
+        said = torch.where(true == label, 1 - NOISE, NOISE / 3)  # how likely what is said is, by what is
+        joint = logits[row].softmax(0) * said
+        found = head(WARY).doubt(logits, labels)[row]
+        torch.testing.assert_close(found, 1 - joint[label] / joint.sum())
+    assert not head("anchored_ridge").doubt(logits, labels).any()
+
+
 def test_the_loss_of_a_wary_head_is_the_likelihood_of_labels_some_of_which_are_wrong() -> None:
     logits = torch.randn(6, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 3
     labels = torch.tensor([0, 1, 2, 3, 0, 1])

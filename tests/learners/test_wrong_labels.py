@@ -1,0 +1,74 @@
+"""Wrong labels: seen where the sources can contradict them, and then nothing learns from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from modmeta.adaptation import Support
+from modmeta.data import DomainDataModule
+from modmeta.evaluation.card import make_card, render_markdown
+from modmeta.learners import ModularMetaLearner
+from modmeta.learners.measuring import episode_support
+
+
+def made(data: DomainDataModule, **options: object) -> ModularMetaLearner:
+    learner = tiny.modular(**({"head_options": {"label_noise": 0.1}} | options)).eval()
+    learner.sources.measure(learner.model.backbone, [c[:3] for c in data.source_images(3)], data.classes)
+    return learner
+
+
+@pytest.fixture
+def support(data: DomainDataModule) -> Support:
+    return episode_support(data.episode("test", 1), hide=False)
+
+
+def test_the_expected_share_is_the_mean_doubt_of_heads_that_have_not_seen_the_image(
+    data: DomainDataModule, support: Support
+) -> None:
+    learner = made(data)
+    with torch.no_grad():
+        features = learner.prior_features(support.images)
+        found = learner.wrong_labels(features, support)
+        probabilities = learner.held_out_logits(features, support).softmax(1)
+        own = probabilities.gather(1, support.labels[:, None])[:, 0]
+        wrong = 0.1 * (1 - own) / (support.ways - 1)
+        expected = float((wrong / (0.9 * own + wrong)).mean())
+    assert found == {"expected": pytest.approx(expected, rel=1e-5), "reckoned": 0.1}
+
+
+def test_nothing_is_told_where_nothing_can_be(data: DomainDataModule, support: Support) -> None:
+    learner = made(data)
+    features = learner.prior_features(support.images)
+    assert learner.wrong_labels(features, support)
+    assert learner.wrong_labels(features, replace(support, labels=None)) == {}
+    new = replace(support, classes=(*support.classes[:-1], "new"))
+    assert learner.wrong_labels(features, new) == {}
+    assert made(data, head_options={}).wrong_labels(features, support) == {}
+    assert made(data, head="ridge").wrong_labels(features, support) == {}
+
+
+@pytest.mark.parametrize("veto", [True, False])
+@pytest.mark.parametrize("expected", [0.09, 0.11])
+def test_where_more_look_wrong_than_reckoned_with_the_veto_is_offered_statistics_alone(
+    data: DomainDataModule, support: Support, veto: bool, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = made(data, veto=veto, veto_caution=0.0)
+    wrong = {"expected": expected, "reckoned": 0.1}
+    monkeypatch.setattr(learner, "wrong_labels", lambda features, support: wrong)
+    with torch.no_grad():
+        adapted = learner.adapt(support)
+    page = render_markdown("a", make_card(learner, support, adapted, 1.0))
+    refused = expected > 0.1
+    assert adapted.report["wrong_labels"] == wrong
+    assert f"{100 * expected:.1f} %, where 10 % are reckoned with" in page
+    assert ("too many" in page) == (refused and veto)
+    learning = {unit.name for unit in learner.model.units if unit.learns}
+    if veto:
+        offered = {"statistics"} if refused else {"statistics", "plan/3", "plan"}
+        assert set(adapted.report["verdict"]["gains"]) == offered
+    else:
+        assert learning & set(adapted.plan.gate_of())
