@@ -21,7 +21,7 @@ from modmeta.commands.quiet import quiet
 from modmeta.data import DomainDataModule
 from modmeta.data.seeding import rng
 from modmeta.errors import ModmetaError
-from modmeta.evaluation.compare.runner import flip_labels
+from modmeta.evaluation.compare.runner import with_wrong_labels
 from modmeta.learners import MetaLearner, load_learner
 from modmeta.learners.measuring import episode_support
 
@@ -55,10 +55,7 @@ def main() -> None:
         for index in range(options.episodes * len(options.shots)):
             episode = data.episode("test", index)
             right = episode_support(episode, hide=False)
-            random = rng(0, "flipped labels", domain, index)
-            order = random.permutation(len(right.images)).tolist()
-            steps = random.integers(1, right.ways, len(right.images)).tolist()
-            spoiled = flip_labels(right, SHARE, order, steps)
+            spoiled = with_wrong_labels(right, SHARE, rng(0, "flipped labels", domain, index))
             found[episode.shots].append((doubt(learner, right), doubt(learner, spoiled)))
         for shots, pairs in found.items():
             clean, wrong = 100 * np.asarray(pairs).T

@@ -65,8 +65,6 @@ class RidgeHead(Head):
 
     def doubt(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return how likely every label is wrong ``(S,)``, by Bayes' rule with the share that is reckoned with."""
-        if not self.label_noise:
-            return super().doubt(logits, labels)
         right, wrong = self._likelihoods(logits, labels)
         return wrong / (right + wrong)
 

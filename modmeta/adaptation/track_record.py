@@ -164,7 +164,7 @@ class TrackRecord(nn.Module):
     def _smallest_threshold(self, trials: Sequence[Trial], predicted: Tensor) -> float:
         """Return the smallest threshold, from 0 up, at which no domain loses more than its standard error."""
         expected = [dict(zip(CANDIDATES, row, strict=True)) for row in predicted.tolist()]
-        domains = [torch.tensor([t.domain == domain for t in trials]) for domain in {t.domain for t in trials}]
+        domains = _rows_by_domain([trial.domain for trial in trials])
         values = sorted({gain for row in expected for gain in row.values() if gain > 0.0})
         for threshold in [0.0, *values]:
             chosen = [self._best(row, threshold) for row in expected]
@@ -178,18 +178,17 @@ class TrackRecord(nn.Module):
         """Fit one candidate and return the predictions ``(n,)`` by fits without the trial's domain."""
         x = torch.stack([self._standardised(t.forecast, t.evidence.get(name), t.shots) for t in trials])
         y = self.center.new_tensor([t.gains[name] for t in trials])
-        domains = [t.domain for t in trials]
+        domains = _rows_by_domain([t.domain for t in trials])
         tried = {}
         for strength in _STRENGTHS:
             predicted = torch.empty_like(y)
-            for domain in set(domains):
-                out = torch.tensor([each == domain for each in domains])
+            for out in domains:
                 rest = ~out if bool((~out).any()) else out
                 weights, mean = _ridge(x[rest], y[rest], strength)
                 predicted[out] = mean + x[out] @ weights
             tried[strength] = predicted
         # The strongest of equals: with a single domain nothing shows that anything carries over.
-        known = len(set(domains)) > 1
+        known = len(domains) > 1
         best = min(reversed(_STRENGTHS), key=lambda s: float((tried[s] - y).square().mean())) if known else math.inf
         self.weights[row], self.means[row] = _ridge(x, y, best)
         self.errors[row] = float((tried[best] - y).square().mean().sqrt())
@@ -214,8 +213,13 @@ def _lead_errors(misses: Tensor, domains: Sequence[str]) -> Tensor:
         domains: of the trials.
     """
     leads = misses - misses[:, CANDIDATES.index("plan"), None]
-    own = torch.tensor([[domain == each for domain in domains] for each in sorted({*domains})])
-    return torch.maximum(_error_of_mean(leads), _error_of_mean(torch.stack([leads[rows].nanmean(0) for rows in own])))
+    by_domain = torch.stack([leads[rows].nanmean(0) for rows in _rows_by_domain(domains)])
+    return torch.maximum(_error_of_mean(leads), _error_of_mean(by_domain))
+
+
+def _rows_by_domain(domains: Sequence[str]) -> list[Tensor]:
+    """Return for each domain which of the trials ``(n,)`` are its own."""
+    return [torch.tensor([domain == each for domain in domains]) for each in sorted({*domains})]
 
 
 def _error_of_mean(values: Tensor) -> Tensor:

@@ -40,21 +40,28 @@ class Verdict:
         return {"choice": self.choice, "gains": self.gains, "errors": self.errors, "evidence": self.evidence}
 
 
-def candidates(plan: Plan, reading: list[str]) -> dict[str, Plan]:
+def too_many_wrong(wrong_labels: Mapping[str, float]) -> bool:
+    """Return whether a larger share of the labels is ``expected`` to be wrong than was ``reckoned`` with, if known."""
+    return bool(wrong_labels) and wrong_labels["expected"] > wrong_labels["reckoned"]
+
+
+def candidates(plan: Plan, reading: list[str], learning: bool = True) -> dict[str, Plan]:
     """Return what the veto may choose besides the prior, cheapest first.
 
     Args:
         plan: the policy's plan.
         reading: units that only read statistics.
+        learning: whether anything may learn from the support; without it only statistics are left.
     """
     gates = plan.gate_of()
     found: dict[str, Plan] = {}
     statistics = [name for name in reading if name in gates]
-    if statistics and len(statistics) < len(gates):
+    learns = len(statistics) < len(gates)
+    if statistics and learns:
         found["statistics"] = plan.keeping(statistics)
-    if len(statistics) < len(gates):
+    if learns and learning:
         found["plan/3"] = plan.scaled(1 / 3)
-    if gates:
+    if gates and (learning or not learns):
         found["plan"] = plan
     return found
 

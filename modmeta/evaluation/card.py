@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from modmeta.adaptation import PRIOR, Adapted, Support, backward_macs, backward_shares
+from modmeta.adaptation import PRIOR, Adapted, Support, backward_macs, backward_shares, too_many_wrong
 from modmeta.adapters import Unit
 from modmeta.adapters.provenance import describe_images
 from modmeta.evaluation.abstention import abstention_sentence
@@ -137,7 +137,7 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
         lines += [_statistics_sentence(card["statistics_depths"], card["statistics_strengths"]), ""]
     if card["wrong_labels"]:
         learned = any(unit["open"] and unit["learns"] for unit in card["units"])
-        lines += [_labels_sentence(learned=learned, **card["wrong_labels"]), ""]
+        lines += [_labels_sentence(card["wrong_labels"], learned), ""]
     lines += [_cost_sentence(card["backward"]), ""]
     if verdict is not None:
         rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
@@ -268,11 +268,11 @@ def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float]) 
     )
 
 
-def _labels_sentence(expected: float, reckoned: float, learned: bool) -> str:
-    too_many = ": too many for anything to learn from them" if expected > reckoned and not learned else ""
+def _labels_sentence(wrong: dict[str, float], learned: bool) -> str:
+    consequence = ": too many for anything to learn from them" if too_many_wrong(wrong) and not learned else ""
     return (
-        f"Labels that look wrong to heads that had not seen their image: {100 * expected:.1f} %, where "
-        f"{100 * reckoned:g} % are reckoned with{too_many}."
+        f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %, where "
+        f"{100 * wrong['reckoned']:g} % are reckoned with{consequence}."
     )
 
 

@@ -37,6 +37,7 @@ from modmeta.adaptation import (
     stratified_folds,
     support_gradients,
     tempered_losses,
+    too_many_wrong,
     tune_statistics,
 )
 from modmeta.adapters import State
@@ -73,10 +74,8 @@ class PolicyAdaptation(MetaLearner):
         """
         situation = self.situate(support)
         plan, tried = self.tune(situation, support)
-        plans = candidates(plan, self._reading()) if self.veto else {"plan": plan}
         wrong = self.wrong_labels(situation.features, support)
-        if self.veto and wrong and wrong["expected"] > wrong["reckoned"]:
-            plans = {name: each for name, each in plans.items() if self._reads_only(each)}
+        plans = candidates(plan, self._reading(), not too_many_wrong(wrong)) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support)
@@ -250,9 +249,6 @@ class PolicyAdaptation(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in reading_units(self.model.units)]
 
-    def _reads_only(self, plan: Plan) -> bool:
-        return set(plan.gate_of()) <= set(self._reading())
-
     def tune(self, situation: Situation, support: Support) -> tuple[Plan, dict[str, dict[str, float]]]:
         """Return the plan with its statistics as deep and strong as serves the support best, and what each gains.
 
@@ -356,11 +352,12 @@ class PolicyAdaptation(MetaLearner):
                 after = self.fit_head(x[: len(rest)], part, ridge=candidate.ridge)(x[len(rest) :])
                 return torch.lerp(after, before, self.prior_share)
 
+        reading = self._reading()
         return {
             "labels": support.labels,
             "anchored": self.knows_classes(support),
             "predict": predict,
             "held_out": partial(self._held_out, support=support, features=features),
-            "label_free": [name for name, each in plans.items() if self._reads_only(each)],
+            "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
             "folds": self.veto_folds,
         }

@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
-from modmeta.adaptation import Support
+from modmeta.adaptation import Support, backward_macs
 from modmeta.data import DomainDataModule
 from modmeta.evaluation.card import make_card, render_markdown
+from modmeta.evaluation.systems.learned import learner_backward_macs
 from modmeta.learners import ModularMetaLearner
 from modmeta.learners.measuring import episode_support
 
@@ -70,5 +71,9 @@ def test_where_more_look_wrong_than_reckoned_with_the_veto_is_offered_statistics
     if veto:
         offered = {"statistics"} if refused else {"statistics", "plan/3", "plan"}
         assert set(adapted.report["verdict"]["gains"]) == offered
+        indicators = backward_macs(
+            learner.model, learner.model.units, len(support.images), learner.indicators.backward_passes
+        )
+        assert (learner_backward_macs(learner, support, adapted) == indicators) == refused
     else:
         assert learning & set(adapted.plan.gate_of())

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
@@ -97,9 +98,7 @@ def make_task(
         if not comparison.flipped_labels:
             return support
         random = rng(comparison.seed, "flipped labels", place.domain, place.draw, place.shots)
-        order = random.permutation(len(support.images)).tolist()
-        steps = random.integers(1, support.ways, len(support.images)).tolist()
-        return flip_labels(support, comparison.flipped_labels, order, steps)
+        return with_wrong_labels(support, comparison.flipped_labels, random)
 
     def another() -> Support:
         assert other is not None
@@ -117,6 +116,13 @@ def another_place(place: Place, places: Sequence[Place], domains: Sequence[str])
     domain = domains[(domains.index(place.domain) + 1) % len(domains)]
     draw = place.draw if len(domains) > 1 else place.draw - 1 if place.draw else 1
     return next((p for p in places if (p.domain, p.shots, p.draw) == (domain, place.shots, draw)), None)
+
+
+def with_wrong_labels(support: Support, share: float, random: np.random.Generator) -> Support:
+    """Return a labelled support with exactly the rounded share of its labels wrong, at random."""
+    order = random.permutation(len(support.images)).tolist()
+    steps = random.integers(1, support.ways, len(support.images)).tolist()
+    return flip_labels(support, share, order, steps)
 
 
 def flip_labels(support: Support, share: float, order: Sequence[int], steps: Sequence[int]) -> Support:

@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from modmeta.adaptation import Adapted, Plan, Support, backward_macs, candidates, reading_units, stratified_folds
+from modmeta.adaptation import (
+    Adapted,
+    Plan,
+    Support,
+    backward_macs,
+    candidates,
+    reading_units,
+    stratified_folds,
+    too_many_wrong,
+)
 from modmeta.backbone import Backbone
 from modmeta.backbone.fingerprint import fingerprint
 from modmeta.errors import ModmetaError, unknown
@@ -117,7 +126,8 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
         plan = Plan.from_dict(adapted.report["plan"])
         folds = stratified_folds(support.labels, learner.veto_folds, learner.knows_classes(support))
         reading = [unit.name for unit in reading_units(model.units)]
-        for tried in candidates(plan, reading).values():
+        learning = not too_many_wrong(adapted.report["wrong_labels"])
+        for tried in candidates(plan, reading, learning).values():
             open_units = model.active(tried.gate_of())
             total += sum(backward_macs(model, open_units, len(rest), tried.steps) for rest, _ in folds)
     return total
