@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modmeta.adaptation.heads import Anchor, Classifier
-from modmeta.backbone import Backbone, Site
+from modmeta.backbone import Backbone, Site, channel_moments
 from modmeta.errors import ModmetaError
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -193,9 +193,7 @@ def observe_norms(backbone: Backbone, images: Tensor, sites: Sequence[Site]) -> 
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def read(site: Site, x: Tensor) -> None:
-        dim = site.channel_dim % x.ndim
-        variance, mean = torch.var_mean(x.detach(), dim=[d for d in range(x.ndim) if d != dim], correction=0)
-        seen[site.name] = (mean, variance)
+        seen[site.name] = channel_moments(x.detach(), site.channel_dim)
 
     features = backbone.run(images, observers={site.name: partial(read, site) for site in sites})
     empty = features.new_zeros(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,9 @@ from modmeta.backbone import Backbone, Rerun, Site
 from modmeta.backbone.shell import Slot
 
 M = TypeVar("M", bound=nn.Module)
+
+_AT_ONCE = 1_500_000
+"""Numbers of input that a CPU takes at once: thirty images of 128 pixels."""
 
 State = dict[str, Tensor]
 """Every tensor of every adapter module by its full name; what an adaptation produces."""
@@ -75,13 +79,13 @@ class AdaptedBackbone(nn.Module):
             stop: a cut to stop at.
         """
         active = self.active(gates)
-        return self.backbone.run(
-            x,
-            self.overlay(state, gates, active),
-            start=start,
-            stop=stop,
-            slots=self.slots(state, gates, active),
-        )
+        overlay = self.overlay(state, gates, active)
+        # Slots may carry something from site to site, so those of each pass are its own.
+        passes = [
+            self.backbone.run(part, overlay, start=start, stop=stop, slots=self.slots(state, gates, active))
+            for part in self._parts(x)
+        ]
+        return passes[0] if len(passes) == 1 else torch.cat(passes)
 
     def active(self, gates: Gates) -> list[Unit]:
         """Return the units whose gate is open."""
@@ -149,6 +153,12 @@ class AdaptedBackbone(nn.Module):
         outside = {name: tensor for name, tensor in overlay.items() if name not in own}
         y = self.backbone.run(x, outside, start=start, stop=stop, slots=slots, observers=observers)
         return y, observed
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        """Split a large batch on a CPU, which takes twice as long where the activations do not fit its caches."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or self.backbone.batch_dependent:
+            return [x]
+        return x.split(max(1, _AT_ONCE // max(1, math.prod(x.shape[1:]))))
 
     def _overlay_at(
         self, unit: Unit, site: Site, state: State, gates: Gates, tensors: Mapping[str, Tensor]

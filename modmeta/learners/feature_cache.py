@@ -66,7 +66,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def _compute(self, images: Tensor, cut: str) -> Tensor:
-        return self.model.backbone.run(images, stop=cut)
+        return self.model(images, {}, {}, stop=cut)
 
 
 def _cut_shape(model: AdaptedBackbone, name: str) -> tuple[int, ...]:

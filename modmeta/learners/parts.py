@@ -154,7 +154,7 @@ class LearnerParts(LightningModule):
         if self._cache is not None:
             return self._cache.get(images, "features", ids)
         with torch.no_grad():
-            return self.model.backbone(images)
+            return self.model(images, {}, {})
 
     def fit_head(
         self, features: Tensor, support: Support, head: Head | None = None, ridge: Tensor | None = None
@@ -221,4 +221,4 @@ class LearnerParts(LightningModule):
         if self._cache is not None:
             return self._cache.get(images, cut, ids)
         with torch.no_grad():
-            return images if cut is None else self.model.backbone.run(images, stop=cut)
+            return images if cut is None else self.model(images, {}, {}, stop=cut)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modmeta.adapters import AdapterModule, register_module
-from modmeta.backbone import Site
+from modmeta.backbone import Site, channel_moments
 
 _FLOOR = 1e-3
 """Added to variances: a channel that is silent on a few images must not blow up on the next one."""
@@ -35,7 +35,7 @@ class NormBlend(AdapterModule):
 
     def observe(self, x: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Express the support's mean and variance relative to the layer's own."""
-        variance, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
+        mean, variance = channel_moments(x)
         own = tensors["running_var"] + _FLOOR
         return {"shift": (mean - tensors["running_mean"]) / own.sqrt(), "log_ratio": ((variance + _FLOOR) / own).log()}
 

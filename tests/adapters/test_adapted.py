@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from modmeta.adapters import AdaptedBackbone, AdapterModule, Layer, State, UnitConfig, register_module
 from modmeta.adapters.adapted import bind
-from modmeta.backbone import Site
+from modmeta.backbone import Backbone, Site
 
 NORMS = ("test_efficientnet", "test_efficientnet_gn", "test_convnext", "test_vit", "test_resnet")
 Make = Callable[..., AdaptedBackbone]
@@ -214,6 +214,34 @@ def test_going_on_from_the_cut_before_a_unit_is_the_whole_pass(
             assert torch.equal(model(hidden, state, gates, start=start), model(images, state, gates))
     assert starts - {None}
     assert model.cut_before([]) == "features"
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_large_batch_goes_through_in_parts(
+    name: str, make: Make, all_modules: Configs, move: Move, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(name, *all_modules(name))
+    state, gates = move(model), {unit.name: 0.8 for unit in model.units}
+    sizes: list[int] = []
+    run = model.backbone.run
+    monkeypatch.setattr(model.backbone, "run", lambda x, *a, **k: sizes.append(len(x)) or run(x, *a, **k))
+    whole = model(images, state, gates)
+    monkeypatch.setattr("modmeta.adapters.adapted._AT_ONCE", 2 * images[0].numel())
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, state, gates), whole)
+    assert sizes == [5, 2, 2, 1]
+    sizes.clear()
+    model(images, state, gates)  # what is differentiated keeps one graph
+    assert sizes == [5]
+
+
+def test_a_backbone_whose_images_see_each_other_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AdaptedBackbone(Backbone("test_four_block", pretrained=False, image_size=32), [UnitConfig("film")])
+    images = torch.rand(6, 3, 32, 32)
+    with torch.no_grad():
+        whole = model(images, model.fresh(), {})
+        monkeypatch.setattr("modmeta.adapters.adapted._AT_ONCE", 1)
+        assert torch.equal(model(images, model.fresh(), {}), whole)
 
 
 def test_overlays_written_into_a_copy_of_the_timm_model_give_the_same_features(
