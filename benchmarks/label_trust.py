@@ -2,10 +2,12 @@
 
     python benchmarks/label_trust.py --root PACS --checkpoints sketch=sketch.ckpt photo=photo.ckpt
 
-For every support of the domain that a checkpoint was not trained on: the share of its labels that the checkpoint's head
-takes for wrong, judging every image by a head that has not seen it, with the labels as they are and with a fifth of
-them turned into other classes; mean and standard deviation over episodes, and the share of the pairs of a right and
-a spoiled support that it ranks the right way (area under the ROC curve); seed 0. Nothing is adapted.
+For every support of the domain that a checkpoint was not trained on, with the labels as they are and with a fifth of
+them turned into other classes: the share of its labels that the checkpoint's head takes for wrong, judging every image
+by a head that has not seen it (mean and standard deviation over episodes); the share of the supports from which
+nothing learns, because more labels than reckoned with are rather wrong; the mean factor on the learning rates; and the
+share of the pairs of a right and a spoiled support whose trust is ranked the right way (area under the ROC curve); seed
+0. Nothing is adapted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modmeta.adaptation import Support
+from modmeta.adaptation import Support, learning_share
 from modmeta.commands.quiet import quiet
 from modmeta.data import DomainDataModule
 from modmeta.data.seeding import rng
@@ -26,6 +28,7 @@ from modmeta.learners import MetaLearner, load_learner
 from modmeta.learners.measuring import episode_support
 
 SHARE = 0.2
+Found = tuple[float, float]
 
 
 @torch.no_grad()
@@ -38,10 +41,8 @@ def main() -> None:
     parser.add_argument("--cache_dir", type=Path)
     options = parser.parse_args()
     quiet()
-    print(
-        "| domain | shots | right labels, % taken for wrong | a fifth wrong, % taken for wrong | pairs told apart, % |"
-    )
-    print("|---|---|---|---|---|")
+    print("| domain | shots | labels | taken for wrong, % | none learns, % | factor on rates | pairs told apart, % |")
+    print("|---|---|---|---|---|---|---|")
     for each in options.checkpoints:
         domain, _, path = each.partition("=")
         learner = load_learner(path)
@@ -51,27 +52,39 @@ def main() -> None:
             test_episodes=options.episodes, cache_dir=options.cache_dir,
         )  # fmt: skip
         data.setup("test")
-        found: dict[int, list[tuple[float, float]]] = {shots: [] for shots in options.shots}
+        found: dict[int, list[tuple[Found, Found]]] = {shots: [] for shots in options.shots}
         for index in range(options.episodes * len(options.shots)):
             episode = data.episode("test", index)
             right = episode_support(episode, hide=False)
             spoiled = with_wrong_labels(right, SHARE, rng(0, "flipped labels", domain, index))
-            found[episode.shots].append((doubt(learner, right), doubt(learner, spoiled)))
+            found[episode.shots].append((judged(learner, right), judged(learner, spoiled)))
         for shots, pairs in found.items():
-            clean, wrong = 100 * np.asarray(pairs).T
-            apart = 100 * np.mean(clean[:, None] < wrong)
-            cells = [f"{each.mean():.1f} ± {each.std(ddof=1):.1f}" for each in (clean, wrong)]
-            print(f"| {domain} | {shots} | {cells[0]} | {cells[1]} | {apart:.0f} |", flush=True)
+            print("\n".join(rows(domain, shots, pairs)), flush=True)
 
 
-def doubt(learner: MetaLearner, support: Support) -> float:
-    """Return the expected share of wrong labels."""
+def judged(learner: MetaLearner, support: Support) -> Found:
+    """Return the expected share of wrong labels, and the trust in the labels."""
     found = learner.wrong_labels(learner.prior_features(support.images), support)
     if not found:
         raise ModmetaError(
             "the checkpoint's head takes every label at its word, or does not know the classes beforehand"
         )
-    return found["expected"]
+    return found["expected"], found["trust"]
+
+
+def rows(domain: str, shots: int, pairs: list[tuple[Found, Found]]) -> list[str]:
+    numbers = np.asarray(pairs)  # (episodes, 2, 2): right and spoiled, expected and trust
+    trusts = numbers[:, :, 1]
+    apart = 100 * np.mean(trusts[:, None, 0] > trusts[None, :, 1])
+    lines = []
+    for row, labels in enumerate(("right", "a fifth wrong")):
+        expected = 100 * numbers[:, row, 0]
+        shares = np.asarray([learning_share({"trust": trust}) for trust in trusts[:, row]])
+        lines.append(
+            f"| {domain} | {shots} | {labels} | {expected.mean():.1f} ± {expected.std(ddof=1):.1f} | "
+            f"{100 * np.mean(shares == 0):.0f} | {shares.mean():.2f} | {apart:.0f} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

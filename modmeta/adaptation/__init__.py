@@ -22,6 +22,7 @@ from modmeta.adaptation.indicators import (
     register_indicator,
 )
 from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
+from modmeta.adaptation.label_trust import label_trust, learning_share
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.ridge_heads import AnchoredRidgeHead, RidgeHead
@@ -39,7 +40,6 @@ from modmeta.adaptation.veto import (
     measure,
     stratified_folds,
     tempered_losses,
-    too_many_wrong,
 )
 
 __all__ = [
@@ -85,6 +85,8 @@ __all__ = [
     "descend",
     "inner_loop",
     "judge",
+    "label_trust",
+    "learning_share",
     "measure",
     "norm_sites",
     "observe_norms",
@@ -101,6 +103,5 @@ __all__ = [
     "stratified_folds",
     "support_gradients",
     "tempered_losses",
-    "too_many_wrong",
     "tune_statistics",
 ]

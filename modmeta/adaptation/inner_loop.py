@@ -30,12 +30,17 @@ def inner_loop(
     rule: UpdateRule | None = None,
     second_order: bool = False,
     trust: float = 0.5,
+    full_step_drop: float = 0.0,
 ) -> tuple[State, list[float]]:
     """Adapt the units that the plan opens to a support set.
 
     Units that read statistics do so first, in one pass. Then every step moves each learning unit along its
     gradient, scaled to unit root mean square: the rate *is* the size of the change. What lies before the earliest
     learning unit is computed once.
+
+    Where ``full_step_drop`` is given, a step that promises less is shorter in proportion: gradient descent whose steps
+    are clipped (Pascanu et al., "On the difficulty of training recurrent neural networks", ICML 2013). A support that
+    is explained already is then not moved as far as one that is not.
 
     In first order the directions count as constants, which leaves the result differentiable in the rates, the
     gates and the initial state at the price of one extra backward pass. In second order they do not.
@@ -50,6 +55,8 @@ def inner_loop(
         rule: may change the plan's rates and decays at every step; None leaves them alone.
         second_order: differentiate through the directions too.
         trust: bound on the root mean square distance of a unit from its initial value.
+        full_step_drop: how far a step must promise to lower the loss, in nats and by its gradient, to be taken at full
+            rate; 0 takes every step at full rate.
 
     Returns:
         the adapted state, and the loss before every step.
@@ -90,6 +97,9 @@ def inner_loop(
                 seen = here if second_order else detached(here)
                 with torch.set_grad_enabled(outside):
                     rates, decays = rule.at_step(plan, step, seen, gradients)
+            if full_step_drop:
+                drop = _promised_drop([(rates[plan.index(unit)], own) for unit, own in names.items()], gradients)
+                rates = rates * (drop / full_step_drop).clamp_max(1.0)
             for unit in learners:
                 row = plan.index(unit.name)
                 rate, decay = rates[row], decays[row]
@@ -129,6 +139,17 @@ def _step(
     distance = _rms(list(moved.values()))
     shrink = (trust / distance.detach().clamp_min(1e-12)).clamp_max(1.0)
     return {name: initial[name] + shrink * delta for name, delta in moved.items()}
+
+
+def _promised_drop(units: list[tuple[Tensor, list[str]]], gradients: Mapping[str, Tensor | None]) -> Tensor:
+    """Return by how much steps of given rates lower a loss to first order; a constant, as the directions are."""
+    drop = torch.zeros(())
+    for rate, names in units:
+        found = [gradient.detach() for name in names if (gradient := gradients[name]) is not None]
+        if found:
+            # A step of unit root mean square along a gradient lowers the loss by its length times the step's.
+            drop = drop.to(rate) + rate.detach() * _rms(found) * sum(gradient.numel() for gradient in found)
+    return drop
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:

@@ -40,19 +40,15 @@ class Verdict:
         return {"choice": self.choice, "gains": self.gains, "errors": self.errors, "evidence": self.evidence}
 
 
-def too_many_wrong(wrong_labels: Mapping[str, float]) -> bool:
-    """Return whether a larger share of the labels is ``expected`` to be wrong than was ``reckoned`` with, if known."""
-    return bool(wrong_labels) and wrong_labels["expected"] > wrong_labels["reckoned"]
-
-
-def candidates(plan: Plan, reading: list[str], learning: bool = True) -> dict[str, Plan]:
+def candidates(plan: Plan, reading: list[str], learning: float = 1.0) -> dict[str, Plan]:
     """Return what the veto may choose besides the prior, cheapest first.
 
     Args:
         plan: the policy's plan.
         reading: units that only read statistics.
-        learning: whether anything may learn from the support; without it only statistics are left.
+        learning: factor on all learning rates; at 0 only statistics are left.
     """
+    plan = plan.scaled(learning)
     gates = plan.gate_of()
     found: dict[str, Plan] = {}
     statistics = [name for name in reading if name in gates]

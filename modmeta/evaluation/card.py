@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from modmeta.adaptation import PRIOR, Adapted, Support, backward_macs, backward_shares, too_many_wrong
+from modmeta.adaptation import PRIOR, Adapted, Support, backward_macs, backward_shares
 from modmeta.adapters import Unit
 from modmeta.adapters.provenance import describe_images
 from modmeta.evaluation.abstention import abstention_sentence
@@ -269,10 +269,15 @@ def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float]) 
 
 
 def _labels_sentence(wrong: dict[str, float], learned: bool) -> str:
-    consequence = ": too many for anything to learn from them" if too_many_wrong(wrong) and not learned else ""
+    consequence = ""
+    if wrong["learning"] < 1 and learned:
+        consequence = "; the learning rates were multiplied by that"
+    elif not wrong["learning"] and not learned:
+        consequence = ": too small for anything to learn from them"
     return (
-        f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %, where "
-        f"{100 * wrong['reckoned']:g} % are reckoned with{consequence}."
+        f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %. The chance "
+        f"that no more are wrong than the {100 * wrong['reckoned']:g} % that are reckoned with is "
+        f"{100 * wrong['trust']:.0f} %{consequence}."
     )
 
 

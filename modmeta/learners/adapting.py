@@ -28,6 +28,7 @@ from modmeta.adaptation import (
     candidates,
     inner_loop,
     judge,
+    learning_share,
     measure,
     observe_norms,
     read_beyond,
@@ -37,7 +38,6 @@ from modmeta.adaptation import (
     stratified_folds,
     support_gradients,
     tempered_losses,
-    too_many_wrong,
     tune_statistics,
 )
 from modmeta.adapters import State
@@ -54,6 +54,7 @@ class PolicyAdaptation(MetaLearner):
     policy: Policy
     rule: UpdateRule
     trust: float
+    full_step_drop: float
     second_order: bool
     budget: float
     prior_share: float
@@ -70,12 +71,15 @@ class PolicyAdaptation(MetaLearner):
     def adapt(self, support: Support) -> Adapted:
         """Describe the domain, plan, consult the veto, and carry out what remains.
 
-        Where more labels look wrong than the head reckons with, the veto is not offered what learns from them.
+        The less the labels can be trusted, the less is learned from them; the veto is not offered to learn at all from
+        labels of which more look wrong than the head reckons with.
         """
         situation = self.situate(support)
         plan, tried = self.tune(situation, support)
         wrong = self.wrong_labels(situation.features, support)
-        plans = candidates(plan, self._reading(), not too_many_wrong(wrong)) if self.veto else {"plan": plan}
+        if wrong:
+            wrong["learning"] = learning_share(wrong) if self.veto else 1.0
+        plans = candidates(plan, self._reading(), wrong.get("learning", 1.0)) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support)
@@ -216,6 +220,7 @@ class PolicyAdaptation(MetaLearner):
             rule=self.rule,
             second_order=self.second_order,
             trust=self.trust,
+            full_step_drop=self.full_step_drop,
         )
 
     def _objective(self, support: Support, ridge: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -59,6 +59,9 @@ class ModularMetaLearner(PolicyAdaptation):
         steps: inner gradient steps.
         rule: registered update rule that gives the rates; ``policy`` lets the policy decide.
         trust: bound on the root mean square distance of a unit from its initial value.
+        full_step_drop: by how many nats a step must promise to lower the support's loss to be taken at full rate; one
+            that promises less is shorter in proportion, so that a support that is explained already is hardly
+            learned from. 0 takes every step at full rate.
         second_order: differentiate through the inner gradients.
         indicators: registered indicators that the policy sees; with ``budget`` among them, training episodes draw
             budgets of their own.
@@ -79,7 +82,8 @@ class ModularMetaLearner(PolicyAdaptation):
         statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2]``, tried
             after the depths, at the chosen one, in the same way; the policy's own gates stand unless another is better.
         veto: whether the veto may keep the prior; without it every plan is carried out. It also refuses what learns
-            from labels, where the sources know all classes and more labels look wrong than the head's ``label_noise``.
+            from labels, where the sources know all classes and more labels look wrong than the head's ``label_noise``,
+            and multiplies all learning rates by the chance that no more are.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
         veto_trials: training episodes at the end of a fit on which all candidates are carried out, each episode's
@@ -111,6 +115,7 @@ class ModularMetaLearner(PolicyAdaptation):
         steps: int = 3,
         rule: str = "policy",
         trust: float = 0.5,
+        full_step_drop: float = 0.0,
         second_order: bool = False,
         indicators: Sequence[str] = DEFAULT_INDICATORS,
         indicator_dropout: float = 0.0,
@@ -136,7 +141,7 @@ class ModularMetaLearner(PolicyAdaptation):
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
         refuse_outside({"budget": budget, "prior_share": prior_share, "unlabelled_share": unlabelled_share}, 0, 1)
         prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
-        refuse_outside(prices, 0)
+        refuse_outside(prices | {"full_step_drop": full_step_drop}, 0)
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
@@ -150,6 +155,7 @@ class ModularMetaLearner(PolicyAdaptation):
             backbone, units, head, head_options, source, learning_rate, baselines, source_images, cache_dir
         )
         self.trust = trust
+        self.full_step_drop = full_step_drop
         self.second_order = second_order
         self.harm_weight = harm_weight
         self.harm_margin = harm_margin

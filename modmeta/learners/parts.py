@@ -20,6 +20,7 @@ from modmeta.adaptation import (
     Plan,
     SourceStatistics,
     Support,
+    label_trust,
     read_statistics,
 )
 from modmeta.adapters import AdaptedBackbone, Bank, State, UnitConfig, check_alive
@@ -124,7 +125,7 @@ class LearnerParts(LightningModule):
 
     @torch.no_grad()
     def wrong_labels(self, features: Tensor, support: Support) -> dict[str, float]:
-        """Return the ``expected`` share of wrong labels, and the share that the head has ``reckoned`` with.
+        """Return what :func:`~modmeta.adaptation.label_trust` says, by heads that have not seen the image.
 
         Nothing, where the head takes labels at their word, or where no classifier of the sources could contradict them.
 
@@ -135,7 +136,7 @@ class LearnerParts(LightningModule):
         if support.labels is None or not self.head.label_noise or not self.knows_classes(support):
             return {}
         doubt = self.head.doubt(self.held_out_logits(features, support), support.labels)
-        return {"expected": float(doubt.mean()), "reckoned": self.head.label_noise}
+        return label_trust(doubt, self.head.label_noise)
 
     def query_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of an adapted model on query images, a scalar."""

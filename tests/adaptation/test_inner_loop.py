@@ -36,7 +36,8 @@ def test_one_step_is_the_normalised_gradient(
 ) -> None:
     model = make(name, *UNITS)
     initial, plan, loss = move(model), plan_for(model, 1), target(model)
-    plan = replace(plan, rates=torch.rand(len(model.units), 1) * 0.1 + 0.01)
+    rates = torch.rand(len(model.units), 1, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.01
+    plan = replace(plan, rates=rates)
     state, losses = inner_loop(model, initial, plan, images, loss)
     variables = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
     value = loss(model(images, variables, plan.gate_of()))
@@ -50,6 +51,36 @@ def test_one_step_is_the_normalised_gradient(
             torch.testing.assert_close(state[n], expected, rtol=1e-3, atol=1e-5)
         moved = rms([state[n] - initial[n] for n in names])
         assert float(moved) == pytest.approx(float(rate), rel=1e-3)  # the rate is the size of the change
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_a_step_that_promises_little_is_plain_gradient_descent(
+    second_order: bool, make: Make, plan_for: PlanFor, images: Tensor
+) -> None:
+    model, rate, drop = make("test_efficientnet", UnitConfig("film", group="all")), 0.01, 1e3
+    initial, loss, (names,) = model.fresh(), target(model), leaves_of(model).values()
+    plan = plan_for(model, rates=torch.full((1, 1), rate))
+    state, _ = inner_loop(model, initial, plan, images, loss, full_step_drop=drop, second_order=second_order)
+    variables = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
+    loss(model(images, variables, plan.gate_of())).backward()
+    learning_rate = rate**2 * sum(initial[n].numel() for n in names) / drop
+    for n in names:
+        torch.testing.assert_close(state[n] - initial[n], -learning_rate * variables[n].grad, rtol=1e-3, atol=1e-9)
+
+
+def test_a_step_that_promises_enough_is_taken_whole(make: Make, plan_for: PlanFor, images: Tensor) -> None:
+    model, loss = make("test_efficientnet", *UNITS), target(make("test_efficientnet", *UNITS))
+    plan = plan_for(model, 1)
+    whole, losses = inner_loop(model, model.fresh(), plan, images, loss)
+    tiny, _ = inner_loop(model, model.fresh(), plan.scaled(1e-3), images, loss)
+    promised = 1e3 * (losses[0] - float(loss(model(images, tiny, plan.gate_of()))))
+    short = {}
+    for share in (0.5, 2.0):
+        state, _ = inner_loop(model, model.fresh(), plan, images, loss, full_step_drop=share * promised)
+        short[share] = [rms([state[n] - model.fresh()[n] for n in names]) for names in leaves_of(model).values()]
+    full = [rms([whole[n] - model.fresh()[n] for n in names]) for names in leaves_of(model).values()]
+    torch.testing.assert_close(torch.stack(short[0.5]), torch.stack(full))
+    torch.testing.assert_close(torch.stack(short[2.0]), 0.5 * torch.stack(full), rtol=0.02, atol=0)
 
 
 def test_steps_go_down(make: Make, plan_for: PlanFor, images: Tensor) -> None:

@@ -16,7 +16,6 @@ from modmeta.adaptation import (
     candidates,
     reading_units,
     stratified_folds,
-    too_many_wrong,
 )
 from modmeta.backbone import Backbone
 from modmeta.backbone.fingerprint import fingerprint
@@ -126,7 +125,7 @@ def learner_backward_macs(learner: MetaLearner, support: Support, adapted: Adapt
         plan = Plan.from_dict(adapted.report["plan"])
         folds = stratified_folds(support.labels, learner.veto_folds, learner.knows_classes(support))
         reading = [unit.name for unit in reading_units(model.units)]
-        learning = not too_many_wrong(adapted.report["wrong_labels"])
+        learning = adapted.report["wrong_labels"].get("learning", 1.0)
         for tried in candidates(plan, reading, learning).values():
             open_units = model.active(tried.gate_of())
             total += sum(backward_macs(model, open_units, len(rest), tried.steps) for rest, _ in folds)
