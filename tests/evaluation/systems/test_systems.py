@@ -337,9 +337,11 @@ def test_another_checkpoint_adapts_in_its_own_way(
         build("learner", tested, checkpoint=path)
 
 
-@pytest.mark.parametrize("name", ["pacs", "pacs_short", "quickstart"])
-def test_every_shipped_comparison_is_accepted(name: str) -> None:
-    path = Path(modmeta.__file__).parents[1] / "configs" / "compare" / f"{name}.yaml"
+SHIPPED = sorted((Path(modmeta.__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_comparison_is_accepted(path: Path) -> None:
     comparison, systems, *_ = read_settings(["--config", str(path)])
     assert set(systems) == set(comparison.systems)
 
