@@ -149,6 +149,22 @@ def test_every_file_of_a_report_is_finite(episodes: int, tmp_path: Path) -> None
         assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_says_how_many_episodes_of_each_domain_are_harmed(tmp_path: Path) -> None:
+    comparison = compared.settings(episodes=4, shots=[1])
+    rows = [
+        compared.row(name, domain, 1, draw, accuracy=0.7 if name == "other" and domain == "paper" and draw < 3 else 0.8)
+        for name in comparison.systems
+        for domain in comparison.domains
+        for draw in range(4)
+    ]
+    write_report(comparison, rows, tmp_path)
+    after = (tmp_path / "report.md").read_text().split("Episodes harmed, %:")[1].split("Paired differences")[0]
+    assert [line.split(" [")[0] for line in after.splitlines() if line.startswith("| other")] == ["| other | 0.0"]
+    assert "| 75.0 [" in after
+    assert "| 37.5 [" in after
+    assert "| anchored_ridge" not in after
+
+
 def test_one_system_alone_can_be_reported(tmp_path: Path) -> None:
     comparison = compared.settings(systems={"anchored_ridge": {"system": "head"}})
     write_report(comparison, compared.rows(comparison), tmp_path)

@@ -28,6 +28,12 @@ _COLUMNS = (
 _HEADINGS = (
     "system", "accuracy %", "NLL", "ECE %", "gain", "harmed %", "worst domain", "params %", "backward GMACs", "s",
 )  # fmt: skip
+_BY_DOMAIN = (
+    ("Accuracy, %", "accuracy", ".1f"),
+    ("Gain over the reference, points", "gain", "+.1f"),
+    ("Episodes harmed, %", "harm_rate", ".1f"),
+)
+"""Tables with a column per domain: title, metric and format. The reference has no gain and no harm."""
 _SUMMARISED = (
     "accuracy", "nll", "ece", "gain", "harm_rate", "parameters_updated", "backward_macs", "seconds",
 )  # fmt: skip
@@ -123,10 +129,10 @@ def _markdown(comparison: Comparison, rows: Sequence[Row], results: Sequence[Res
     domains = [d for d in comparison.domains if any(r.domain == d for r in results)]
     for shots in [k for k in comparison.shots if any(r.shots == k for r in results)]:
         lines += [f"## {shots} shots", "", *_lines(_HEADINGS, _summary(comparison, lookup, shots)), ""]
-        for title, metric, sign in (("Accuracy, %", "accuracy", ""), ("Gain over the reference, points", "gain", "+")):
+        for title, metric, form in _BY_DOMAIN:
             body = [
                 (_name(name, comparison),
-                 *(_with_interval(lookup.get(name, d, shots, metric), 100, f"{sign}.1f") for d in (*domains, MEAN)))
+                 *(_with_interval(lookup.get(name, d, shots, metric), 100, form) for d in (*domains, MEAN)))
                 for name in names
                 if metric == "accuracy" or name != comparison.reference
             ]  # fmt: skip
