@@ -68,5 +68,5 @@ class Flute(GradientSystem):
         return blended
 
     def adapt(self, task: Task) -> Outcome:
-        """Blend, then take the steps with all gates open."""
-        return self.tune(task, self.gates())
+        """Blend, then take the steps on all units that learn, and leave statistics alone."""
+        return self.tune(task, {unit.name: 1.0 for unit in self.model.units if unit.learns})
