@@ -2,8 +2,8 @@
 
     python benchmarks/pacs.py --root PACS --weights tf_efficientnet_lite0.safetensors
 
-Trains ``configs/pacs.yaml`` once per held-out domain (seed 0), compares what ``configs/compare/pacs_long.yaml`` names on
-the same frozen episodes, and writes ``table.md`` beside the comparison's own report. A domain that was fitted before is
+Trains ``configs/pacs.yaml`` once per held-out domain (seed 0), compares ``configs/compare/pacs_long.yaml`` on the same
+frozen episodes, and writes ``table.md`` beside the comparison's own report. A domain that was fitted before is
 not fitted again, and the comparison goes on where it was stopped, so ``--episodes`` may grow. ``--again`` measures
 everything a second time and compares bit for bit.
 """
