@@ -13,6 +13,7 @@ from modmeta.errors import ModmetaError
 from modmeta.evaluation.compare import Comparison, Row, write_report
 from modmeta.evaluation.compare.figures import complete_rows, compute_results
 from modmeta.evaluation.compare.hindsight import best_constants, hindsight_rows
+from modmeta.evaluation.compare.statistics import share_interval
 from modmeta.learners import Result
 
 THREE = {name: {"system": "head"} for name in ("anchored_ridge", "b", "c")}
@@ -54,6 +55,8 @@ def test_figures_are_plain_means_and_paired_differences() -> None:
         both = [found["other", domain, 2, metric].value for domain in comparison.domains]
         assert over.value == pytest.approx(mean(both))
         assert over.episodes == 14
+    harm = found["other", "mean", 2, "harm_rate"]
+    assert (harm.value, harm.low, harm.high) == share_interval(harm.value, 14)
     assert ("anchored_ridge", "mean", 1, "gain") not in found
     worst = [r for r in found.values() if r.metric == "worst_gain" and r.shots == 2]
     assert [(r.system, r.value) for r in worst] == [

@@ -11,7 +11,13 @@ from modmeta.data.seeding import rng
 from modmeta.evaluation.compare.hindsight import best_constants, hindsight_rows
 from modmeta.evaluation.compare.rows import Row
 from modmeta.evaluation.compare.settings import MEAN, Comparison
-from modmeta.evaluation.compare.statistics import calibration_error, episode_weights, interval, share_of_gap
+from modmeta.evaluation.compare.statistics import (
+    calibration_error,
+    episode_weights,
+    interval,
+    share_interval,
+    share_of_gap,
+)
 from modmeta.learners import Result
 from modmeta.learners.metrics import harmed
 
@@ -61,7 +67,8 @@ def compute_results(rows: Sequence[Row], comparison: Comparison) -> list[Result]
             count = len({(row.domain, row.draw) for row in mine})
             ways = round(sum(row.ways for row in mine) / len(mine))
             for (system, metric), figure in {**of_domain, **_pairs(of_domain, comparison)}.items():
-                results.append(Result(system, domain, shots, ways, metric, *interval(figure), count))
+                value = share_interval(float(figure[0]), count) if metric == "harm_rate" else interval(figure)
+                results.append(Result(system, domain, shots, ways, metric, *value, count))
             if domain == MEAN:
                 for (system, metric), figure in _gaps(of_domain, rows, comparison, shots).items():
                     results.append(Result(system, domain, shots, ways, metric, *interval(figure), count))

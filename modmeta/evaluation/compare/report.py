@@ -160,11 +160,11 @@ def _about(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "",
         f"Gains are paired differences of accuracy to `{_text(comparison.reference)}`, in points; harmed is the share "
         "of episodes that end more than one point below it; the worst domain is that of the least mean gain. "
-        "Brackets hold 95 % bootstrap intervals over episodes, resampled within each domain: they say nothing of the "
-        "spread over trainings, and a single episode has none. Costs are means: share of the backbone's parameters "
-        "that were updated, multiply-accumulates of the backward passes, and seconds per adaptation, in which shared "
-        "features of the frozen backbone are charged to every system that uses them."
-        + (hindsight if comparison.pseudo_systems else ""),
+        "Brackets hold 95 % intervals over episodes, of a bootstrap within each domain, and of harm by Wilson's "
+        "formula: they say nothing of the spread over trainings, and for a single episode the bootstrap has none. "
+        "Costs are means: share of the backbone's parameters that were updated, multiply-accumulates of the backward "
+        "passes, and seconds per adaptation, in which shared features of the frozen backbone are charged to every "
+        "system that uses them." + (hindsight if comparison.pseudo_systems else ""),
     ]
 
 
