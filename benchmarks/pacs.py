@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from modmeta.evaluation.compare import RowFile
+from modmeta.evaluation.compare import Row, RowFile
+from modmeta.evaluation.compare.settings import MEAN
 from modmeta.files import write_atomically
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -79,7 +81,7 @@ def compared(checkpoints: dict[str, str], output: Path, options: argparse.Namesp
     """Return the folder of a comparison that is complete."""
     command = ["compare", "--config", str(CONFIGS / "compare" / "pacs_long.yaml"), "--output", str(output)]
     command += ["--data.root", str(options.root.resolve()), "--episodes", str(options.episodes)]
-    launch([*command, "--checkpoints", json.dumps(checkpoints)], options.out.resolve())
+    launch([*command, "--checkpoints", json.dumps(checkpoints)], output.parent)
     return output
 
 
@@ -88,10 +90,9 @@ def launch(command: list[str], folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "modmeta", *command], cwd=folder, check=True)
 
 
-def rows_of(folder: Path) -> list[dict]:
+def rows_of(folder: Path) -> dict[tuple, Row]:
     """Return all that was measured but the time."""
-    rows = RowFile(folder / "rows.jsonl").rows.values()
-    return sorted(({**vars(row), "seconds": 0.0} for row in rows), key=lambda row: str(sorted(row.items())))
+    return {key: replace(row, seconds=0.0) for key, row in RowFile(folder / "rows.jsonl").rows.items()}
 
 
 def table(results: Sequence[dict], domains: Sequence[str]) -> str:
@@ -107,7 +108,7 @@ def table(results: Sequence[dict], domains: Sequence[str]) -> str:
     ]
     for shots in sorted({r["shots"] for r in results}):
         for system, metric, name, factor in ROWS:
-            found = [cells[system, metric, domain, shots] for domain in (*domains, "mean")]
+            found = [cells[system, metric, domain, shots] for domain in (*domains, MEAN)]
             sign = "+" if metric == "gain" else ""
             shown = [f"{factor * each['value']:{sign}.1f}" for each in found]
             if metric in WITH_INTERVAL:

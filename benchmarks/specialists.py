@@ -51,7 +51,7 @@ def main() -> None:
             learner.bank.add(domain, state, learner.prior_features(images).mean(0))
             print(f"{held_out} held out: specialist of {domain}, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
         checkpoint = read_checkpoint(path)
-        checkpoint["state_dict"] |= {name: value for name, value in learner.state_dict().items() if "bank." in name}
+        checkpoint["state_dict"]["bank._extra_state"] = learner.bank.get_extra_state()
         AtomicCheckpointIO().save_checkpoint(checkpoint, options.output / f"{held_out}.ckpt")
 
 

@@ -32,15 +32,7 @@ from modmeta.adaptation.statistics_tuning import read_beyond, reading_units, ref
 from modmeta.adaptation.support import Adapted, Support
 from modmeta.adaptation.track_record import TrackRecord, Trial
 from modmeta.adaptation.update_rules import UPDATE_RULES, UpdateRule
-from modmeta.adaptation.veto import (
-    PRIOR,
-    Verdict,
-    candidates,
-    judge,
-    measure,
-    stratified_folds,
-    tempered_losses,
-)
+from modmeta.adaptation.veto import PRIOR, Verdict, candidates, judge, measure, stratified_folds, tempered_losses
 
 __all__ = [
     "COMPARISONS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.update_rules import UpdateRule
-from modmeta.adapters import AdaptedBackbone, State, Unit
+from modmeta.adapters import AdaptedBackbone, State
 from modmeta.backbone import second_order_safe
 from modmeta.errors import ModmetaError
 
@@ -97,13 +97,22 @@ def inner_loop(
                 seen = here if second_order else detached(here)
                 with torch.set_grad_enabled(outside):
                     rates, decays = rule.at_step(plan, step, seen, gradients)
+            directions: dict[str, State] = {}
+            sizes: dict[str, Tensor] = {}
+            for unit, own in names.items():
+                directions[unit] = {n: torch.zeros_like(state[n]) if (g := gradients[n]) is None else g for n in own}
+                sizes[unit] = _rms(list(directions[unit].values()))
+                _check(sizes[unit], f"inner step {step}: the gradient of unit {unit!r} is not finite")
             if full_step_drop:
-                drop = _promised_drop([(rates[plan.index(unit)], own) for unit, own in names.items()], gradients)
-                rates = rates * (drop / full_step_drop).clamp_max(1.0)
-            for unit in learners:
-                row = plan.index(unit.name)
-                rate, decay = rates[row], decays[row]
-                state = state | _step(unit, names[unit.name], initial, state, gradients, rate, decay, trust, step)
+                # To first order a step of unit root mean square lowers the loss by the gradient's, times its numbers.
+                drops = [
+                    rates[plan.index(unit)] * size * sum(g.numel() for g in directions[unit].values())
+                    for unit, size in sizes.items()
+                ]
+                rates = rates * (torch.stack(drops).sum().detach() / full_step_drop).clamp_max(1.0)
+            for unit, direction in directions.items():
+                row = plan.index(unit)
+                state = state | _step(initial, state, direction, sizes[unit], rates[row], decays[row], trust)
     return state, losses
 
 
@@ -122,34 +131,12 @@ def read_statistics(model: AdaptedBackbone, initial: State, plan: Plan, images: 
 
 
 def _step(
-    unit: Unit,
-    names: list[str],
-    initial: State,
-    state: State,
-    gradients: Mapping[str, Tensor | None],
-    rate: Tensor,
-    decay: Tensor,
-    trust: float,
-    step: int,
+    initial: State, state: State, direction: State, size: Tensor, rate: Tensor, decay: Tensor, trust: float
 ) -> State:
-    found = {name: g if (g := gradients[name]) is not None else torch.zeros_like(state[name]) for name in names}
-    size = _rms([found[name] for name in names])
-    _check(size, f"inner step {step}: the gradient of unit {unit.name!r} is not finite")
-    moved = {name: (1 - decay) * (state[name] - initial[name]) - rate * found[name] / (size + 1e-8) for name in names}
+    moved = {n: (1 - decay) * (state[n] - initial[n]) - rate * g / (size + 1e-8) for n, g in direction.items()}
     distance = _rms(list(moved.values()))
     shrink = (trust / distance.detach().clamp_min(1e-12)).clamp_max(1.0)
     return {name: initial[name] + shrink * delta for name, delta in moved.items()}
-
-
-def _promised_drop(units: list[tuple[Tensor, list[str]]], gradients: Mapping[str, Tensor | None]) -> Tensor:
-    """Return by how much steps of given rates lower a loss to first order; a constant, as the directions are."""
-    drop = torch.zeros(())
-    for rate, names in units:
-        found = [gradient.detach() for name in names if (gradient := gradients[name]) is not None]
-        if found:
-            # A step of unit root mean square along a gradient lowers the loss by its length times the step's.
-            drop = drop.to(rate) + rate.detach() * _rms(found) * sum(gradient.numel() for gradient in found)
-    return drop
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:

@@ -156,9 +156,11 @@ class AdaptedBackbone(nn.Module):
 
     def _parts(self, x: Tensor) -> Sequence[Tensor]:
         """Split a large batch on a CPU, which takes twice as long where the activations do not fit its caches."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or self.backbone.batch_dependent:
+        at_once = max(1, _AT_ONCE // max(1, math.prod(x.shape[1:])))
+        small = len(x) <= at_once  # asked first: the last question walks through all modules
+        if small or x.device.type != "cpu" or torch.is_grad_enabled() or self.backbone.batch_dependent:
             return [x]
-        return x.split(max(1, _AT_ONCE // max(1, math.prod(x.shape[1:]))))
+        return x.split(at_once)
 
     def _overlay_at(
         self, unit: Unit, site: Site, state: State, gates: Gates, tensors: Mapping[str, Tensor]

@@ -272,7 +272,7 @@ def _labels_sentence(wrong: dict[str, float], learned: bool) -> str:
     consequence = ""
     if wrong["learning"] < 1 and learned:
         consequence = "; the learning rates were multiplied by that"
-    elif not wrong["learning"] and not learned:
+    elif not wrong["learning"]:
         consequence = ": too small for anything to learn from them"
     return (
         f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %. The chance "

@@ -77,9 +77,8 @@ class PolicyAdaptation(MetaLearner):
         situation = self.situate(support)
         plan, tried = self.tune(situation, support)
         wrong = self.wrong_labels(situation.features, support)
-        if wrong:
-            wrong["learning"] = learning_share(wrong) if self.veto else 1.0
-        plans = candidates(plan, self._reading(), wrong.get("learning", 1.0)) if self.veto else {"plan": plan}
+        learning = learning_share(wrong) if self.veto else 1.0
+        plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support)
@@ -87,7 +86,7 @@ class PolicyAdaptation(MetaLearner):
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
             **tried,
-            "wrong_labels": wrong,
+            "wrong_labels": wrong | {"learning": learning} if wrong else {},
             "verdict": verdict.to_dict(),
             "support_losses": losses,
             "expected_gain": float(plan.gain),

@@ -8,15 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from modmeta.adaptation import (
-    Adapted,
-    Plan,
-    Support,
-    backward_macs,
-    candidates,
-    reading_units,
-    stratified_folds,
-)
+from modmeta.adaptation import Adapted, Plan, Support, backward_macs, candidates, reading_units, stratified_folds
 from modmeta.backbone import Backbone
 from modmeta.backbone.fingerprint import fingerprint
 from modmeta.errors import ModmetaError, unknown
