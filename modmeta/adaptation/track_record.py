@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,20 @@ class Trial:
         return all(map(math.isfinite, [self.forecast, *self.evidence.values(), *self.gains.values()]))
 
 
+class Expectation(NamedTuple):
+    """What a record says of a candidate, in nats.
+
+    Attributes:
+        gain: the expected gain over the prior.
+        error: the error that such predictions had on new domains.
+        lead_error: standard error of the candidate's lead over the plan.
+    """
+
+    gain: float
+    error: float = 0.0
+    lead_error: float = 0.0
+
+
 class TrackRecord(nn.Module):
     """Predicts a plan's gain from the policy's forecast and the support's evidence, as far as these held so far.
 
@@ -50,8 +65,9 @@ class TrackRecord(nn.Module):
     fitted to; where neither forecast nor evidence carries over to new domains, what remains is the mean.
 
     The policy's whole plan stands unless another candidate is expected to gain more, by more than two standard errors
-    of their difference, over trials or over domains, whichever is larger: over a few dozen trials, less is chance. A
-    plan that is not accepted gives way to the best that is.
+    of their difference, over trials or over domains, whichever is larger: over a few dozen trials, less is chance. The
+    further a support is from the trials' mean, the less sure a line through them is, and the larger that error.
+    A plan that is not accepted gives way to the best that is.
 
     What plans gained with classes that the head knew from the sources says nothing of new classes, nor the other way
     round; the record :meth:`covers` what it has trials of.
@@ -92,8 +108,8 @@ class TrackRecord(nn.Module):
         """Return whether there were trials whose head knew all classes beforehand, or of which it did not."""
         return bool(self.kinds[int(anchored)])
 
-    def predict(self, candidate: str, forecast: float, evidence: float | None, shots: float) -> tuple[float, float]:
-        """Return the expected gain of a candidate in nats, and the error that such predictions had on new domains.
+    def predict(self, candidate: str, forecast: float, evidence: float | None, shots: float) -> Expectation:
+        """Return what is to be expected of a candidate; of one that was never tried, the worst.
 
         Args:
             candidate: one of ``CANDIDATES``.
@@ -103,11 +119,11 @@ class TrackRecord(nn.Module):
         """
         row = CANDIDATES.index(candidate)
         if not self.trials[row]:
-            return -math.inf, 0.0  # never tried, never chosen
+            return Expectation(-math.inf)
         x = self._standardised(forecast, evidence, shots)
-        return float(self.means[row] + self.weights[row] @ x), float(self.errors[row])
+        return self._expectation(row, float(self.means[row] + self.weights[row] @ x), x)
 
-    def choose(self, expected: Mapping[str, float]) -> str | None:
+    def choose(self, expected: Mapping[str, Expectation]) -> str | None:
         """Return the candidate to carry out, or None where none is expected to gain enough.
 
         Args:
@@ -115,13 +131,19 @@ class TrackRecord(nn.Module):
         """
         return self._best(expected, float(self.threshold))
 
-    def _best(self, expected: Mapping[str, float], threshold: float) -> str | None:
-        accepted = {name: gain for name, gain in expected.items() if math.isfinite(gain) and gain > threshold}
-        best = max(accepted, key=lambda name: accepted[name], default=None)
+    @staticmethod
+    def _best(expected: Mapping[str, Expectation], threshold: float) -> str | None:
+        accepted = {name: e for name, e in expected.items() if math.isfinite(e.gain) and e.gain > threshold}
+        best = max(accepted, key=lambda name: accepted[name].gain, default=None)
         if best is None or "plan" not in accepted:
             return best
-        sure = _SURE * float(self.lead_errors[CANDIDATES.index(best)])
-        return best if accepted[best] - accepted["plan"] > sure else "plan"
+        ahead = accepted[best].gain - accepted["plan"].gain
+        return best if ahead > _SURE * accepted[best].lead_error else "plan"
+
+    def _expectation(self, row: int, gain: float, x: Tensor) -> Expectation:
+        # A fitted line's error at x, with inputs as uncorrelated as standardised ones may be taken to be.
+        reach = float((1 + x.square().sum()).sqrt())
+        return Expectation(gain, float(self.errors[row]), reach * float(self.lead_errors[row]))
 
     @torch.no_grad()
     def fit(self, trials: Sequence[Trial]) -> None:
@@ -152,7 +174,11 @@ class TrackRecord(nn.Module):
                 held_out[own, row] = self._fit_candidate(row, name, chosen)
         gains = held_out.new_tensor([[trial.gains.get(name, math.nan) for name in CANDIDATES] for trial in trials])
         self.lead_errors.copy_(_lead_errors(held_out - gains, [trial.domain for trial in trials]))
-        self.threshold.fill_(self._smallest_threshold(trials, held_out))
+        expected = [
+            {n: self._expectation(row, own[row], self._seen(trial, n)) for row, n in enumerate(CANDIDATES)}
+            for trial, own in zip(trials, held_out.tolist(), strict=True)
+        ]
+        self.threshold.fill_(self._smallest_threshold(trials, expected))
 
     def _standardised(self, forecast: float, evidence: float | None, shots: float) -> Tensor:
         x = self.center.new_tensor([forecast, evidence or 0.0, math.log(shots)])
@@ -161,22 +187,24 @@ class TrackRecord(nn.Module):
             x[1] = 0.0  # as if it were what is always seen
         return x
 
-    def _smallest_threshold(self, trials: Sequence[Trial], predicted: Tensor) -> float:
+    def _seen(self, trial: Trial, candidate: str) -> Tensor:
+        return self._standardised(trial.forecast, trial.evidence.get(candidate), trial.shots)
+
+    def _smallest_threshold(self, trials: Sequence[Trial], expected: Sequence[Mapping[str, Expectation]]) -> float:
         """Return the smallest threshold, from 0 up, at which no domain loses more than its standard error."""
-        expected = [dict(zip(CANDIDATES, row, strict=True)) for row in predicted.tolist()]
         domains = _rows_by_domain([trial.domain for trial in trials])
-        values = sorted({gain for row in expected for gain in row.values() if gain > 0.0})
+        values = sorted({e.gain for row in expected for e in row.values() if e.gain > 0.0})
         for threshold in [0.0, *values]:
             chosen = [self._best(row, threshold) for row in expected]
             pairs = zip(trials, chosen, strict=True)
-            gains = predicted.new_tensor([0.0 if name is None else trial.gains[name] for trial, name in pairs])
+            gains = self.center.new_tensor([0.0 if name is None else trial.gains[name] for trial, name in pairs])
             if all(_is_no_loss(gains[own]) for own in domains):
                 break
         return threshold
 
     def _fit_candidate(self, row: int, name: str, trials: Sequence[Trial]) -> Tensor:
         """Fit one candidate and return the predictions ``(n,)`` by fits without the trial's domain."""
-        x = torch.stack([self._standardised(t.forecast, t.evidence.get(name), t.shots) for t in trials])
+        x = torch.stack([self._seen(trial, name) for trial in trials])
         y = self.center.new_tensor([t.gains[name] for t in trials])
         domains = _rows_by_domain([t.domain for t in trials])
         tried = {}

@@ -172,13 +172,15 @@ def _by_record(
     shots: float,
     count: int,
 ) -> Verdict:
-    gains, errors = {}, {}
+    expected = {}
     for name in plans:
         evidence = float(measured[name].mean()) if name in measured else None
         if evidence is None or math.isfinite(evidence):
-            gains[name], errors[name] = record.predict(name, forecast, evidence, shots)
-    finite = {name: gain for name, gain in gains.items() if math.isfinite(gain)}
-    return Verdict(record.choose(finite) or PRIOR, finite, {name: errors[name] for name in finite}, count)
+            expected[name] = record.predict(name, forecast, evidence, shots)
+    finite = {name: each for name, each in expected.items() if math.isfinite(each.gain)}
+    gains = {name: each.gain for name, each in finite.items()}
+    errors = {name: each.error for name, each in finite.items()}
+    return Verdict(record.choose(finite) or PRIOR, gains, errors, count)
 
 
 def _cross_fitted(

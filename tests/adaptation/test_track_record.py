@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modmeta.adaptation import TrackRecord, Trial
-from modmeta.adaptation.track_record import CANDIDATES
+from modmeta.adaptation.track_record import CANDIDATES, Expectation
 
 
 def trials(
@@ -24,6 +24,11 @@ def trials(
             seen = dict.fromkeys(CANDIDATES, evidence)
             found.append(Trial(f"d{domain}", True, 1 + number % 5, forecast, seen, dict.fromkeys(CANDIDATES, gain)))
     return found
+
+
+def expect(lead_error: float = 0.0, **gains: float) -> dict[str, Expectation]:
+    """Return expectations by gains; ``third`` stands for ``plan/3``."""
+    return {name.replace("third", "plan/3"): Expectation(gain, 0.0, lead_error) for name, gain in gains.items()}
 
 
 def fitted(rows: list[Trial]) -> TrackRecord:
@@ -96,8 +101,8 @@ def test_the_plan_stands_unless_another_is_surely_better(lead: float, choice: st
     ]
     record = fitted(rows)
     assert record.lead_errors.tolist() == pytest.approx([0.0, 0.011, 0.0], abs=3e-3)
-    expected = {name: record.predict(name, 0.0, None, 5)[0] for name in CANDIDATES}
-    assert expected["plan/3"] - expected["plan"] == pytest.approx(lead, abs=1e-6)
+    expected = {name: record.predict(name, 0.0, None, 5) for name in CANDIDATES}
+    assert expected["plan/3"].gain - expected["plan"].gain == pytest.approx(lead, abs=1e-6)
     record.threshold.fill_(-1.0)
     assert record.choose(expected) == choice
     record.threshold.fill_(0.5)
@@ -112,24 +117,56 @@ def test_a_lead_in_one_domain_alone_is_not_sure() -> None:
         for _ in range(8)
     ]
     record = fitted(rows)
-    expected = {name: record.predict(name, 0.0, None, 5)[0] for name in CANDIDATES}
-    assert expected["plan/3"] - expected["plan"] == pytest.approx(0.01)
+    expected = {name: record.predict(name, 0.0, None, 5) for name in CANDIDATES}
+    assert expected["plan/3"].gain - expected["plan"].gain == pytest.approx(0.01)
     assert record.choose(expected) == "plan"
+
+
+@pytest.mark.parametrize("evidence", [0.0, 0.4, -0.8])
+def test_a_lead_is_as_sure_as_a_line_through_the_trials_is_there(evidence: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.linspace(-0.5, 0.5, 40)
+    rows = [
+        Trial(f"d{n}", True, 5, 0.0, {"plan": e, "plan/3": e}, {"plan": e, "plan/3": 1.2 * e + 0.1 * noise})
+        for n, (e, noise) in enumerate(zip(seen.tolist(), torch.randn(40, generator=generator).tolist(), strict=True))
+    ]
+    record = fitted(rows)
+    design = torch.stack([torch.ones(40), seen], dim=1).double()
+    at = torch.tensor([1.0, evidence]).double()
+    textbook = (at @ torch.linalg.inv(design.T @ design) @ at).sqrt()
+    at_mean = record.predict("plan/3", 0.0, 0.0, 5).lead_error
+    assert at_mean > 0.0
+    measured = record.predict("plan/3", 0.0, evidence, 5).lead_error / at_mean
+    assert measured == pytest.approx(float(textbook) * 40**0.5, rel=1e-6)
+
+
+def test_a_lead_that_is_sure_among_the_trials_is_not_far_from_them() -> None:
+    # A lead of 0.03 at any forecast, known to 0.008 where the trials are.
+    noise = (0.05 * torch.randn(18, generator=torch.Generator().manual_seed(0))).tolist()
+    rows = [
+        Trial(f"d{n}{sign}", True, 5, n % 6, {}, {"plan": 0.1, "plan/3": 0.13 + sign * each})
+        for n, each in enumerate(noise)
+        for sign in (-1, 1)
+    ]
+    record = fitted(rows)
+    for forecast, choice in ((2.5, "plan/3"), (8.0, "plan")):
+        expected = {name: record.predict(name, forecast, None, 5) for name in CANDIDATES}
+        assert expected["plan/3"].gain - expected["plan"].gain == pytest.approx(0.03, abs=1e-3)
+        assert record.choose(expected) == choice
 
 
 def test_a_plan_that_is_not_accepted_gives_way_to_the_best_that_is() -> None:
     record = fitted(trials(noise=0.1))
-    record.lead_errors.fill_(1.0)
     record.threshold.fill_(0.02)
-    assert record.choose({"statistics": 0.01, "plan/3": 0.03, "plan": 0.01}) == "plan/3"
-    assert record.choose({"statistics": 0.04, "plan/3": 0.03, "plan": 0.021}) == "plan"
+    assert record.choose(expect(1.0, statistics=0.01, third=0.03, plan=0.01)) == "plan/3"
+    assert record.choose(expect(1.0, statistics=0.04, third=0.03, plan=0.021)) == "plan"
 
 
 def test_without_the_plan_the_best_is_chosen_and_of_nothing_nothing() -> None:
     record = fitted(trials())
-    assert record.choose({"statistics": 0.1, "plan/3": 0.3}) == "plan/3"
+    assert record.choose(expect(1.0, statistics=0.1, third=0.3)) == "plan/3"
     assert record.choose({}) is None
-    assert record.choose({"plan": math.nan, "statistics": -math.inf}) is None
+    assert record.choose(expect(plan=math.nan, statistics=-math.inf)) is None
 
 
 def test_the_threshold_is_for_what_would_be_chosen() -> None:
@@ -137,9 +174,9 @@ def test_the_threshold_is_for_what_would_be_chosen() -> None:
     gains = {"a": (0.5, 0.4), "b": (0.5, 0.4), "c": (-0.4, 0.0)}
     rows = [Trial(d, True, 5, 0.0, {}, {"plan": p, "plan/3": t}) for d, (p, t) in gains.items() for _ in range(4)]
     record = fitted(rows)
-    assert record.choose({"plan": 0.2, "plan/3": 0.26}) is None
+    assert record.choose(expect(0.1, plan=0.2, third=0.26)) is None
     assert fitted([Trial(t.domain, True, 5, 0.0, {}, {"plan/3": t.gains["plan/3"]}) for t in rows]).choose(
-        {"plan/3": 0.26}
+        expect(third=0.26)
     )
 
 
@@ -176,6 +213,7 @@ def test_predictions_are_finite_whatever_was_tried(rows: list[Trial]) -> None:
     assert math.isfinite(float(record.threshold))
     assert float(record.threshold) >= 0.0
     for name in CANDIDATES:
-        gain, error = record.predict(name, 3.0, -2.0, 4)
-        assert math.isfinite(error)
-        assert math.isfinite(gain) or not any(name in row.gains for row in rows)
+        expected = record.predict(name, 3.0, -2.0, 4)
+        assert math.isfinite(expected.error)
+        assert math.isfinite(expected.lead_error)
+        assert math.isfinite(expected.gain) or not any(name in row.gains for row in rows)
