@@ -130,7 +130,9 @@ class EpisodeMetrics(nn.Module):
             for name, values in zip(names, rows[:, 2 : 2 + len(names)].T, strict=True):
                 if name in _PAIRED and system == "none":
                     continue
-                results.append(Result(system, domain, shots, ways, name, *interval(values), len(rows)))
+                share = name == "harm_rate"
+                found = share_interval(float(values.mean()), len(values)) if share else interval(values)
+                results.append(Result(system, domain, shots, ways, name, *found, len(rows)))
             bins = rows[:, 2 + len(names) :].reshape(len(rows), _BINS, 3)
             results.append(Result(system, domain, shots, ways, "ece", *_ece_interval(bins), len(rows)))
         return results
@@ -144,6 +146,21 @@ def interval(values: Tensor) -> tuple[float, float, float]:
     mean = float(values.mean())
     half = 1.96 * float(values.std(correction=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return mean, mean - half, mean + half
+
+
+def share_interval(share: float, count: int) -> tuple[float, float, float]:
+    """Return a share of episodes and its 95 % interval, which has a width even where the share is none.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+
+    Args:
+        share: how many of the episodes, in 0..1.
+        count: number of episodes.
+    """
+    square = 1.96**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = (share * (1 - share) * square + square**2 / 4) ** 0.5 / (1 + square)
+    return share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
 
 
 def calibration_bins(probabilities: Tensor, labels: Tensor) -> Tensor:

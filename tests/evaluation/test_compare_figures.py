@@ -13,8 +13,8 @@ from modmeta.errors import ModmetaError
 from modmeta.evaluation.compare import Comparison, Row, write_report
 from modmeta.evaluation.compare.figures import complete_rows, compute_results
 from modmeta.evaluation.compare.hindsight import best_constants, hindsight_rows
-from modmeta.evaluation.compare.statistics import share_interval
 from modmeta.learners import Result
+from modmeta.learners.metrics import share_interval
 
 THREE = {name: {"system": "head"} for name in ("anchored_ridge", "b", "c")}
 Found = dict[tuple[str, str, int, str], Result]

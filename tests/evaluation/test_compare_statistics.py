@@ -5,14 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 from torchmetrics.classification import MulticlassCalibrationError
 
 from modmeta.evaluation.compare.statistics import (
     calibration_error,
     episode_weights,
     interval,
-    share_interval,
     share_of_gap,
 )
 from modmeta.learners.metrics import calibration_bins
@@ -27,18 +25,6 @@ def test_each_resample_holds_as_many_episodes_as_the_sample(count: int, seed: in
     held = weights * count
     assert np.allclose(held, held.round())
     assert np.allclose(weights.sum(1), 1)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 400).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
-def test_the_interval_of_a_share_is_wilsons(drawn: tuple[int, int]) -> None:
-    some, count = drawn
-    share, low, high = share_interval(some / count, count)
-    expected = binomtest(some, count).proportion_ci(method="wilson")
-    assert share == some / count
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
-    assert 0 <= low <= share <= high <= 1
-    assert low < high  # to have seen none does not mean that there are none
 
 
 def test_episodes_are_equally_likely() -> None:

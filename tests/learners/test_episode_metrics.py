@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError
 
 from modmeta.learners import EpisodeMetrics, Result
-from modmeta.learners.metrics import calibration_bins, expected_calibration_error, harmed
+from modmeta.learners.metrics import calibration_bins, expected_calibration_error, harmed, share_interval
 
 FACTS = {"adapted": ("seconds",)}
 Episode = tuple[int, str, int, Tensor, dict[str, Tensor], float]
@@ -87,8 +88,25 @@ def test_values_and_intervals_are_over_episodes() -> None:
         check("nll", system, [float(F.cross_entropy(e[4][system].double(), e[3])) for e in mine])
     # Paired: the interval is that of the differences on the same episodes.
     check("gain", "adapted", [accuracy(e, "adapted") - accuracy(e, "none") for e in mine])
-    check("harm_rate", "adapted", [float(accuracy(e, "adapted") - accuracy(e, "none") < -0.0101) for e in mine])
+    harmed_here = sum(accuracy(e, "adapted") - accuracy(e, "none") < -0.0101 for e in mine)
+    harm = found["adapted", "photo", 5, "harm_rate"]
+    expected = binomtest(harmed_here, len(mine)).proportion_ci(method="wilson")
+    assert (harm.value, harm.low, harm.high) == pytest.approx(
+        (harmed_here / len(mine), expected.low, expected.high), abs=1e-4
+    )
     check("seconds", "adapted", [e[5] for e in mine])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400).flatmap(lambda count: st.tuples(st.integers(0, count), st.just(count))))
+def test_the_interval_of_a_share_is_wilsons(drawn: tuple[int, int]) -> None:
+    some, count = drawn
+    share, low, high = share_interval(some / count, count)
+    expected = binomtest(some, count).proportion_ci(method="wilson")
+    assert share == some / count
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert 0 <= low <= share <= high <= 1
+    assert low < high  # to have seen none does not mean that there are none
 
 
 def test_harm_is_more_than_a_point_for_arrays_and_tensors_alike() -> None:

@@ -15,11 +15,10 @@ from modmeta.evaluation.compare.statistics import (
     calibration_error,
     episode_weights,
     interval,
-    share_interval,
     share_of_gap,
 )
 from modmeta.learners import Result
-from modmeta.learners.metrics import harmed
+from modmeta.learners.metrics import harmed, share_interval
 
 _AVERAGED = ("accuracy", "nll", "parameters_updated", "backward_macs", "seconds")
 

@@ -36,21 +36,6 @@ def interval(figure: np.ndarray) -> tuple[float, float, float]:
     return value, min(float(low), value), max(float(high), value)
 
 
-def share_interval(share: float, count: int) -> tuple[float, float, float]:
-    """Return a share of episodes and its 95 % interval; resamples of none would all be none.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-
-    Args:
-        share: how many of the episodes, in 0..1.
-        count: number of episodes.
-    """
-    square = 1.96**2 / count
-    middle = (share + square / 2) / (1 + square)
-    half = (share * (1 - share) * square + square**2 / 4) ** 0.5 / (1 + square)
-    return share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
-
-
 def calibration_error(weights: np.ndarray, bins: np.ndarray) -> np.ndarray:
     """Return the figure of the expected calibration error of pooled predictions: Guo et al., ICML 2017.
 
