@@ -176,7 +176,8 @@ class ModularMetaLearner(PolicyAdaptation):
         self.indicators = IndicatorSet(indicators, indicator_dropout, indicator_noise)
         self.policy = Policy(self.indicators.global_width, self.indicators.unit_width, steps)
         self.record = TrackRecord()
-        self.rule = UPDATE_RULES.get(rule)(self.model.units, steps)
+        with torch.random.fork_rng(devices=[]):  # whatever weights a rule draws, all else is the same beside any rule
+            self.rule = UPDATE_RULES.get(rule)(self.model.units, steps)
         self._norm_sites = norm_sites(self.model.backbone)
         self.backward_shares = backward_shares(self.model)
 

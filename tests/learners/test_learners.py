@@ -314,6 +314,18 @@ def test_options_that_cannot_be(build: Callable[[], MetaLearner], expected: str)
         build()
 
 
+@pytest.mark.parametrize("rule", ["alfa", "lslr", "constant"])
+def test_beside_any_rule_all_else_is_the_same(rule: str) -> None:
+    def built(rule: str) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(0)
+        learner = tiny.modular(rule=rule)
+        return {name: t for name, t in tensors(learner).items() if not name.startswith("rule.")}, torch.rand(3)
+
+    (mine, after), (usual, expected) = built(rule), built("policy")
+    assert same(mine, usual)
+    assert torch.equal(after, expected)  # what a fit draws next
+
+
 # ---------------------------------------------------------------------- adapting
 
 
