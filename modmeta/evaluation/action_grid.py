@@ -127,8 +127,9 @@ def table_header(
     digest = hashlib.sha256()
     tensors = {name: value for name, value in learner.state_dict().items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        # The policy is not asked, and the indicators are logged as they are.
-        if not name.startswith(("policy.", "indicators.")):
+        # The policy is not asked, the indicators are logged as they are, and what trained the backbone is gone once the
+        # learner is loaded.
+        if not name.startswith(("policy.", "indicators.", "phase.")):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     drawn = {name: datamodule.hparams[name] for name in _DRAWN_BY}
     return {

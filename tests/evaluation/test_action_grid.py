@@ -20,9 +20,10 @@ from modmeta.evaluation.action_gap import CONSTANT, CROSSED, NONE, ORACLE, PER_D
 from modmeta.evaluation.action_gap import predictability as predict
 from modmeta.evaluation.action_grid import episode_rows, grid_actions, log_actions, table_header
 from modmeta.evaluation.gap_report import report_gap
-from modmeta.learners import BackboneConfig, ModularMetaLearner
+from modmeta.learners import BackboneConfig, ModularMetaLearner, SourceConfig
 from modmeta.learners.action_table import Action, ActionTable, part_file, read_table
 from modmeta.learners.measuring import episode_support
+from modmeta.learners.source import SourcePhase
 
 UNITS = (UnitConfig("norm_blend"), UnitConfig("film", group="stage", depth=(0.5, 1.0)))
 
@@ -111,6 +112,16 @@ def test_rows_are_what_the_learner_itself_makes_of_the_plans(
     if split == "train":  # the own domain is not among the sources
         known, _ = modular.indicators.raw(modular.situate(replace(support, hidden=None)))
         assert not torch.allclose(known, whole)
+
+
+def test_what_trained_the_backbone_is_no_part_of_the_learner(
+    modular: ModularMetaLearner, data: DomainDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actions = grid_actions(modular.model.units)[:3]
+    loaded = table_header(modular, data, "train", actions, 8)
+    monkeypatch.setattr(modular, "phase", SourcePhase(SourceConfig(epochs=1), 4, 3, 2))
+    assert any(name.startswith("phase.") for name in modular.state_dict())
+    assert table_header(modular, data, "train", actions, 8) == loaded
 
 
 def test_a_stopped_grid_goes_on_and_ends_like_one_that_was_not(
