@@ -1,12 +1,14 @@
-"""Specialists of the source domains for FLUTE: what steps on many images of each come to, in a checkpoint's bank.
+"""Specialists of the source domains: what steps on many images of each come to, in a checkpoint's bank.
 
-    python benchmarks/specialists.py --root PACS --checkpoints sketch=SKETCH.ckpt photo=PHOTO.ckpt --output runs/flute
+    python benchmarks/specialists.py --root PACS --checkpoints sketch=SKETCH.ckpt ... --output runs/flute
     python -m modmeta compare --config configs/compare/pacs_flute.yaml --data.root PACS
 
 For every source domain of a checkpoint, its learning units take steps of the inner loop on ``--images`` images of each
 class, under the loss that an adaptation descends and with the domain hidden from all that is known of the sources.
 The first images of a class in the source's seeded order are taken, so nothing is random. What is written to
-``OUTPUT/DOMAIN.ckpt`` is the checkpoint with these specialists; the file that was given stays as it is.
+``OUTPUT/DOMAIN.ckpt`` is the checkpoint with these specialists; the file that was given stays as it is. A policy that
+was trained without specialists starts from little of them; with ``--prior -3`` it starts from them nearly alone, as in
+``configs/compare/pacs_specialists.yaml``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from modmeta.data import DomainDataModule
 from modmeta.learners import ModularMetaLearner, load_learner, read_checkpoint
 from modmeta.learners.checkpoint_io import AtomicCheckpointIO
 
+_PRIOR = 3  # which of the policy's outputs for a unit weighs the prior against the specialists
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20, help="per class of a source domain")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--rate", type=float, default=0.003, help="root mean square size of a step")
+    parser.add_argument("--prior", type=float, help="log-weight of the universal prior in the policy's start")
     parser.add_argument("--cache_dir", type=Path)
     options = parser.parse_args()
     quiet()
@@ -52,6 +57,8 @@ def main() -> None:
             print(f"{held_out} held out: specialist of {domain}, loss {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
         checkpoint = read_checkpoint(path)
         checkpoint["state_dict"]["bank._extra_state"] = learner.bank.get_extra_state()
+        if options.prior is not None:
+            checkpoint["state_dict"]["policy.per_unit.bias"][_PRIOR] = options.prior
         AtomicCheckpointIO().save_checkpoint(checkpoint, options.output / f"{held_out}.ckpt")
 
 
