@@ -4,10 +4,9 @@
 
 For every support of the domain that a checkpoint was not trained on, with the labels as they are and with a fifth of
 them turned into other classes: the share of its labels that the checkpoint's head takes for wrong, judging every image
-by a head that has not seen it (mean and standard deviation over episodes); the share of the supports from which
-nothing learns, because more labels than reckoned with are rather wrong; the mean factor on the learning rates; and the
-share of the pairs of a right and a spoiled support whose trust is ranked the right way (area under the ROC curve); seed
-0. Nothing is adapted.
+by a head that has not seen it (mean and standard deviation over episodes); the shares of the right and of the wrong
+labels from which nothing is learned; the mean factor on the learning rates; and the share of the pairs of a right and
+a spoiled support whose trust is ranked the right way (area under the ROC curve); seed 0. Nothing is adapted.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modmeta.adaptation import Support, learning_share
+from modmeta.adaptation import LabelTrust, Support
 from modmeta.commands.quiet import quiet
 from modmeta.data import DomainDataModule
 from modmeta.data.seeding import rng
@@ -28,7 +27,7 @@ from modmeta.learners import MetaLearner, load_learner
 from modmeta.learners.measuring import episode_support
 
 SHARE = 0.2
-Found = tuple[float, float]
+Judged = tuple[LabelTrust, torch.Tensor]
 
 
 @torch.no_grad()
@@ -41,8 +40,11 @@ def main() -> None:
     parser.add_argument("--cache_dir", type=Path)
     options = parser.parse_args()
     quiet()
-    print("| domain | shots | labels | taken for wrong, % | none learns, % | factor on rates | pairs told apart, % |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| domain | shots | labels | taken for wrong, % | right ones left out, % | wrong ones left out, % | "
+        "factor on rates | pairs told apart, % |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for each in options.checkpoints:
         domain, _, path = each.partition("=")
         learner = load_learner(path)
@@ -52,37 +54,40 @@ def main() -> None:
             test_episodes=options.episodes, cache_dir=options.cache_dir,
         )  # fmt: skip
         data.setup("test")
-        found: dict[int, list[tuple[Found, Found]]] = {shots: [] for shots in options.shots}
+        found: dict[int, list[tuple[Judged, Judged]]] = {shots: [] for shots in options.shots}
         for index in range(options.episodes * len(options.shots)):
             episode = data.episode("test", index)
             right = episode_support(episode, hide=False)
             spoiled = with_wrong_labels(right, SHARE, rng(0, "flipped labels", domain, index))
-            found[episode.shots].append((judged(learner, right), judged(learner, spoiled)))
+            found[episode.shots].append((judged(learner, right, right), judged(learner, spoiled, right)))
         for shots, pairs in found.items():
             print("\n".join(rows(domain, shots, pairs)), flush=True)
 
 
-def judged(learner: MetaLearner, support: Support) -> Found:
-    """Return the expected share of wrong labels, and the trust in the labels."""
+def judged(learner: MetaLearner, support: Support, right: Support) -> Judged:
+    """Return what the head makes of the labels, and which of them are wrong ``(S,)``."""
     found = learner.wrong_labels(learner.prior_features(support.images), support)
-    if not found:
+    if found is None or support.labels is None or right.labels is None:
         raise ModmetaError(
             "the checkpoint's head takes every label at its word, or does not know the classes beforehand"
         )
-    return found["expected"], found["trust"]
+    return found, support.labels != right.labels
 
 
-def rows(domain: str, shots: int, pairs: list[tuple[Found, Found]]) -> list[str]:
-    numbers = np.asarray(pairs)  # (episodes, 2, 2): right and spoiled, expected and trust
-    trusts = numbers[:, :, 1]
+def rows(domain: str, shots: int, pairs: list[tuple[Judged, Judged]]) -> list[str]:
+    trusts = np.asarray([[found.trust for found, _ in pair] for pair in pairs])  # (episodes, 2): right and spoiled
     apart = 100 * np.mean(trusts[:, None, 0] > trusts[None, :, 1])
     lines = []
     for row, labels in enumerate(("right", "a fifth wrong")):
-        expected = 100 * numbers[:, row, 0]
-        shares = np.asarray([learning_share({"trust": trust}) for trust in trusts[:, row]])
+        mine = [pair[row] for pair in pairs]
+        expected = 100 * np.asarray([found.expected for found, _ in mine])
+        left_out = torch.cat([~found.believed for found, _ in mine])
+        wrong = torch.cat([wrong for _, wrong in mine])
+        caught = f"{100 * left_out[wrong].float().mean():.0f}" if wrong.any() else "-"
         lines.append(
             f"| {domain} | {shots} | {labels} | {expected.mean():.1f} ± {expected.std(ddof=1):.1f} | "
-            f"{100 * np.mean(shares == 0):.0f} | {shares.mean():.2f} | {apart:.0f} |"
+            f"{100 * left_out[~wrong].float().mean():.1f} | {caught} | "
+            f"{np.mean([found.learning for found, _ in mine]):.2f} | {apart:.0f} |"
         )
     return lines
 

@@ -22,7 +22,7 @@ from modmeta.adaptation.indicators import (
     register_indicator,
 )
 from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
-from modmeta.adaptation.label_trust import label_trust, learning_share
+from modmeta.adaptation.label_trust import LabelTrust, label_trust
 from modmeta.adaptation.plan import Plan
 from modmeta.adaptation.policy import Policy
 from modmeta.adaptation.ridge_heads import AnchoredRidgeHead, RidgeHead
@@ -55,6 +55,7 @@ __all__ = [
     "DivergedError",
     "Head",
     "IndicatorSet",
+    "LabelTrust",
     "Labelled",
     "Plan",
     "Policy",
@@ -78,7 +79,6 @@ __all__ = [
     "inner_loop",
     "judge",
     "label_trust",
-    "learning_share",
     "measure",
     "norm_sites",
     "observe_norms",

@@ -1,37 +1,64 @@
-"""How far the labels of a support set can be trusted as a whole, and how much is learned from them."""
+"""How far the labels of a support set can be trusted, from which images to learn, and how much."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+_ROUNDING = 1e-6  # a label that has exactly chance is not doubted
 
-def label_trust(doubt: Tensor, reckoned: float) -> dict[str, float]:
+
+@dataclass(frozen=True, eq=False)
+class LabelTrust:
+    """What heads that have not seen an image say of its label, and what follows for learning.
+
+    Attributes:
+        expected: expected share of wrong labels.
+        reckoned: share of wrong labels that learning allows for.
+        trust: probability that no larger share than that is wrong.
+        believed: the images to learn from ``(S,)``, bool.
+        learning: factor on learning rates: the trust in the believed ones, and 0 where that is below one half.
+    """
+
+    expected: float
+    reckoned: float
+    trust: float
+    believed: Tensor
+    learning: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what is plain data."""
+        return {"expected": self.expected, "reckoned": self.reckoned, "trust": self.trust}
+
+
+def label_trust(doubt: Tensor, reckoned: float) -> LabelTrust:
     """Sum up the doubts in single labels.
 
-    Args:
-        doubt: how likely every label is wrong ``(S,)``.
-        reckoned: share of wrong labels that learning allows for.
+    As long as the labels are trusted together as one is before anything is seen of it, ``1 - reckoned``, all are
+    learned from. Otherwise those are left out whose label speaks against itself: the doubt exceeds ``reckoned``, which
+    it does where the label has less than chance among the classes. Where labels are right such images are the ones
+    to learn most from, so none is left out of a support that there is little to say against.
 
-    Returns:
-        the ``expected`` share of wrong labels, the share ``reckoned`` with, and as ``trust`` the probability that no
-        larger share than that is wrong, the labels being wrong independently of each other.
+    Args:
+        doubt: how likely every label is wrong ``(S,)``, the labels being wrong independently of each other.
+        reckoned: share of wrong labels that learning allows for.
     """
+    trust = _trust(doubt, reckoned)
+    believed = torch.ones_like(doubt, dtype=torch.bool)
+    learning = trust
+    if trust < 1 - reckoned:
+        believed = doubt <= reckoned + _ROUNDING
+        learning = _trust(doubt[believed], reckoned) if believed.any() else 0.0
+    return LabelTrust(float(doubt.mean()), reckoned, trust, believed, learning if learning >= 0.5 else 0.0)
+
+
+def _trust(doubt: Tensor, reckoned: float) -> float:
+    """Return the probability that no larger share than ``reckoned`` is wrong."""
     chances = np.ones(1)  # of every number of wrong labels among those seen so far
     for wrong in doubt.double().tolist():
         chances = np.convolve(chances, [1.0 - wrong, wrong])
     allowed = int(reckoned * len(doubt) + 1e-9)  # a tenth of thirty labels are three, whatever rounding says
-    trust = min(1.0, float(chances[: allowed + 1].sum()))
-    return {"expected": float(doubt.mean()), "reckoned": reckoned, "trust": trust}
-
-
-def learning_share(wrong_labels: Mapping[str, float]) -> float:
-    """Return the factor on learning rates: the trust in the labels, and 0 where they are rather not to be trusted.
-
-    Args:
-        wrong_labels: what :func:`label_trust` returns; empty where nothing is known against the labels.
-    """
-    trust = wrong_labels.get("trust", 1.0)
-    return trust if trust >= 0.5 else 0.0
+    return min(1.0, float(chances[: allowed + 1].sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,15 @@ class Support:
     def ways(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    def keeping(self, rows: Tensor) -> Support:
+        """Return a support with some of the images, to tell the same classes apart.
+
+        Args:
+            rows: indices, or ``(S,)`` bool.
+        """
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, images=self.images[rows], labels=labels)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def calibrate_abstention(learner: MetaLearner, support: Support, target: float, 
         raise ModmetaError("--abstain-target needs two images or more of every class, or leave it out")
     confidences, hits = [], []
     for rest, fold in splits:
-        part = replace(support, images=support.images[rest], labels=support.labels[rest])
+        part = support.keeping(rest)
         best = learner.logits(learner.adapt(part), support.images[fold]).softmax(-1).max(-1)
         confidences.append(best.values)
         hits.append(best.indices == support.labels[fold])

@@ -270,10 +270,15 @@ def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float]) 
 
 def _labels_sentence(wrong: dict[str, float], learned: bool) -> str:
     consequence = ""
-    if wrong["learning"] < 1 and learned:
-        consequence = "; the learning rates were multiplied by that"
-    elif not wrong["learning"]:
+    if not wrong["learning"]:
         consequence = ": too small for anything to learn from them"
+    elif wrong["left_out"] and learned:
+        consequence = (
+            f", so nothing was learned from {wrong['left_out']:g} whose label these heads give less than chance; the "
+            f"learning rates were multiplied by that chance among the others, {100 * wrong['learning']:.0f} %"
+        )
+    elif wrong["learning"] < 1 and learned:
+        consequence = "; the learning rates were multiplied by that"
     return (
         f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %. The chance "
         f"that no more are wrong than the {100 * wrong['reckoned']:g} % that are reckoned with is "

@@ -28,7 +28,6 @@ from modmeta.adaptation import (
     candidates,
     inner_loop,
     judge,
-    learning_share,
     measure,
     observe_norms,
     read_beyond,
@@ -71,22 +70,23 @@ class PolicyAdaptation(MetaLearner):
     def adapt(self, support: Support) -> Adapted:
         """Describe the domain, plan, consult the veto, and carry out what remains.
 
-        The less the labels can be trusted, the less is learned from them; the veto is not offered to learn at all from
-        labels of which more look wrong than the head reckons with.
+        The less the labels can be trusted, the less is learned from them, and not from those that look wrong; the
+        veto is not offered to learn at all from what is rather not to be trusted.
         """
         situation = self.situate(support)
         plan, tried = self.tune(situation, support)
         wrong = self.wrong_labels(situation.features, support)
-        learning = learning_share(wrong) if self.veto else 1.0
+        believed, learning = (wrong.believed, wrong.learning) if wrong and self.veto else (None, 1.0)
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
-        verdict = self._judge(plans, plan, support, situation.features)
+        verdict = self._judge(plans, plan, support, situation.features, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
-        state, losses = self.carry_out(chosen, support)
+        state, losses = self.carry_out(chosen, support, believed=believed)
+        left_out = 0 if believed is None else int((~believed).sum())
         report = {
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
             **tried,
-            "wrong_labels": wrong | {"learning": learning} if wrong else {},
+            "wrong_labels": wrong.to_dict() | {"left_out": left_out, "learning": learning} if wrong else {},
             "verdict": verdict.to_dict(),
             "support_losses": losses,
             "expected_gain": float(plan.gain),
@@ -194,13 +194,16 @@ class PolicyAdaptation(MetaLearner):
             plan = plan.keeping(self._reading())
         return replace(plan, rates=self.rule(plan))
 
-    def carry_out(self, plan: Plan, support: Support, statistics: State | None = None) -> tuple[State, list[float]]:
+    def carry_out(
+        self, plan: Plan, support: Support, statistics: State | None = None, believed: Tensor | None = None
+    ) -> tuple[State, list[float]]:
         """Run the inner loop of a plan.
 
         Args:
             plan: what to do.
             support: the images.
             statistics: what the plan's reading units observe on them, where that is known already.
+            believed: those whose labels are learned from ``(S,)``, bool; None is all.
 
         Returns:
             the adapted state, and the support loss before every step.
@@ -214,7 +217,7 @@ class PolicyAdaptation(MetaLearner):
             initial,
             plan,
             images,
-            self._objective(support, plan.ridge.detach()),
+            self._objective(support, plan.ridge.detach(), believed),
             statistics=statistics,
             rule=self.rule,
             second_order=self.second_order,
@@ -222,19 +225,21 @@ class PolicyAdaptation(MetaLearner):
             full_step_drop=self.full_step_drop,
         )
 
-    def _objective(self, support: Support, ridge: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def _objective(self, support: Support, ridge: Tensor, believed: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """Return what the steps descend, from features of images and views to a scalar; None if there is nothing."""
-        if support.labels is None and not self.signals:
+        trusted = support if believed is None else support.keeping(believed)
+        labelled = trusted.labels is not None and len(trusted.labels) > 0
+        if not labelled and not self.signals:
             return None
 
         def objective(features: Tensor) -> Tensor:
             own = features[: len(support.images)]
-            labelled = support.labels is not None
-            loss = self.inner_loss(own, support, ridge).mean() if labelled else own.new_zeros(())
+            x = own if believed is None else own[believed]
+            loss = self.inner_loss(x, trusted, ridge).mean() if labelled else own.new_zeros(())
             if not self.signals:
                 return loss
             classifier = self.fit_head(own, support, ridge=ridge)
-            logits = self.held_out_logits(own, support, ridge) if labelled else classifier(own)
+            logits = classifier(own) if support.labels is None else self.held_out_logits(own, support, ridge)
             return loss + self.signals.loss(features, logits, classifier)
 
         return objective
@@ -290,12 +295,14 @@ class PolicyAdaptation(MetaLearner):
         x, _ = self.model.observe(support.images, self._initial(candidate, support), candidate.gate_of())
         return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
 
-    def _judge(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> Verdict:
+    def _judge(
+        self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor, believed: Tensor | None
+    ) -> Verdict:
         if not self.veto:
             return Verdict("plan", {}, {}, 0)
         return judge(
             plans,
-            **self._evidence(plans, plan, support, features),
+            **self._evidence(plans, plan, support, features, believed),
             gain=float(plan.gain),
             gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
             caution=self.veto_caution,
@@ -332,13 +339,14 @@ class PolicyAdaptation(MetaLearner):
             gains=gains,
         )
 
-    def _evidence(self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor) -> dict[str, Any]:
+    def _evidence(
+        self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor, believed: Tensor | None = None
+    ) -> dict[str, Any]:
         """Return what the veto needs to measure plans on a support, as arguments of :func:`measure`."""
         read: dict[int, State] = {}
 
         def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
-            assert support.labels is not None
-            part = replace(support, images=support.images[rest], labels=support.labels[rest])
+            part = support.keeping(rest)
             with torch.no_grad():
                 before = self.fit_head(features[rest], part)(features[fold])
                 if candidate is None:
@@ -348,7 +356,7 @@ class PolicyAdaptation(MetaLearner):
                     # All candidates read the same statistics of a fold.
                     read[key] = read_statistics(self.model, self._initial(plan, part), plan, part.images)
                 try:
-                    state, _ = self.carry_out(candidate, part, read[key])
+                    state, _ = self.carry_out(candidate, part, read[key], None if believed is None else believed[rest])
                 except DivergedError:
                     return features.new_full((len(fold), support.ways), torch.nan)  # never chosen
                 both = torch.cat([rest, fold])

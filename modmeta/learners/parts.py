@@ -17,6 +17,7 @@ from modmeta.adaptation import (
     Anchor,
     Classifier,
     Head,
+    LabelTrust,
     Plan,
     SourceStatistics,
     Support,
@@ -124,17 +125,17 @@ class LearnerParts(LightningModule):
         return self.head.held_out(features, support.labels, support.ways, anchor, ridge)
 
     @torch.no_grad()
-    def wrong_labels(self, features: Tensor, support: Support) -> dict[str, float]:
+    def wrong_labels(self, features: Tensor, support: Support) -> LabelTrust | None:
         """Return what :func:`~modmeta.adaptation.label_trust` says, by heads that have not seen the image.
 
-        Nothing, where the head takes labels at their word, or where no classifier of the sources could contradict them.
+        None, where the head takes labels at their word, or where no classifier of the sources could contradict them.
 
         Args:
             features: ``(S, D)`` of the support, unadapted.
             support: where they come from.
         """
         if support.labels is None or not self.head.label_noise or not self.knows_classes(support):
-            return {}
+            return None
         doubt = self.head.doubt(self.held_out_logits(features, support), support.labels)
         return label_trust(doubt, self.head.label_noise)
 
