@@ -81,9 +81,9 @@ class ModularMetaLearner(PolicyAdaptation):
             better on images that it has not seen, by more than a standard error.
         statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2]``, tried
             after the depths, at the chosen one, in the same way; the policy's own gates stand unless another is better.
-        veto: whether the veto may keep the prior; without it every plan is carried out. It also refuses what learns
-            from labels, where the sources know all classes and more labels look wrong than the head's ``label_noise``,
-            and multiplies all learning rates by the chance that no more are.
+        veto: whether the veto may keep the prior; without it every plan is carried out. Where the sources know all
+            classes and the head reckons with wrong labels (``label_noise``), it also keeps those that look wrong from
+            being learned from, and multiplies all learning rates by the chance that of the others no more are wrong.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
         veto_trials: training episodes at the end of a fit on which all candidates are carried out, each episode's
