@@ -1,6 +1,5 @@
 """The amortised learner: what it generates, what it is indifferent to, and what it refuses."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def test_what_it_generates_depends_on_the_support_but_not_on_its_order() -> None
     support, query, _ = support_of(data)
     other, _, _ = support_of(data, 1)
     order = torch.randperm(len(support.images), generator=torch.Generator().manual_seed(0))
-    turned = replace(support, images=support.images[order], labels=support.labels[order])
+    turned = support.keeping(order)
     with torch.no_grad():
         one, same_set, different = (learner.adapt(s) for s in (support, turned, other))
         names = learner.bank.names

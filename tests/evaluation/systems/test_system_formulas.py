@@ -301,7 +301,7 @@ def test_constant_tries_nothing_that_its_head_cannot_judge(
     several = make_task()
     assert several.support.labels is not None
     first = torch.tensor([several.support.labels.tolist().index(label) for label in range(several.support.ways)])
-    support = replace(several.support, images=several.support.images[first], labels=several.support.labels[first])
+    support = several.support.keeping(first)
     ids = several.episode.support_ids[first]
     episode = replace(several.episode, support=support.images, support_labels=support.labels, support_ids=ids)
     monkeypatch.setattr(tried, "_tuned", lambda task: {})
