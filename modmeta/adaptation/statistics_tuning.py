@@ -43,19 +43,21 @@ def tune_statistics(
     reading: Sequence[str],
     strengths: Sequence[float],
     losses: Callable[[Plan | None], Tensor],
+    stands: float = 1.0,
 ) -> tuple[Plan, Gains, Gains]:
     """Choose how deep statistics are read, then multiply their gates, by what serves the support best.
 
     Reading looks at no label, so the whole support can judge it: only the head leaves out the image that it predicts.
     What gradient steps bring cannot be told from the images that they were taken on. The first depth, and then the
-    policy's own strength, stand unless another is better by more than one standard error of their difference.
+    factor that ``stands``, are kept unless another is better by more than one standard error of their difference.
 
     Args:
         plans: the policy's plans by the depth down to which they read statistics, all else the same; some.
         reading: units that only read statistics.
-        strengths: factors to try, 0 for no statistics; 1 is tried in any case.
+        strengths: factors to try, 0 for no statistics; 1 and the one that stands are tried in any case.
         losses: from a plan, or None for the unadapted model, to its loss on every support image ``(S,)`` by a head that
             has not seen it.
+        stands: the factor that needs no proof: 1 is the policy's own strength, 0 no statistics.
 
     Returns:
         the chosen plan, and by how much every depth (none where there is but one) and every factor at the chosen depth
@@ -74,8 +76,8 @@ def tune_statistics(
     depth, depth_gains = _best(by_depth, before, own)
     by_factor = {1.0: by_depth[depth]}
     if alone[depth].gate_of():
-        by_factor |= {f: loss(alone[depth].strengthened(reading, f)) for f in sorted({*strengths} - {1.0})}
-    factor, gains = _best(by_factor, before, 1.0)
+        by_factor |= {f: loss(alone[depth].strengthened(reading, f)) for f in sorted({*strengths, stands} - {1.0})}
+    factor, gains = _best(by_factor, before, stands)
     return plans[depth].strengthened(reading, factor), depth_gains if len(plans) > 1 else {}, gains
 
 

@@ -76,6 +76,7 @@ def make_card(
         "expected_gain_deviation": report.get("expected_gain_deviation"),
         "statistics_depths": report.get("statistics_depths", {}),
         "statistics_strengths": report.get("statistics_strengths", {}),
+        "explained": report.get("explained", False),
         "wrong_labels": report.get("wrong_labels", {}),
         "verdict": report.get("verdict"),
         "support_losses": report.get("support_losses", []),
@@ -134,7 +135,8 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
             "",
         ]
     if card["statistics_strengths"]:
-        lines += [_statistics_sentence(card["statistics_depths"], card["statistics_strengths"]), ""]
+        sentence = _statistics_sentence(card["statistics_depths"], card["statistics_strengths"], card["explained"])
+        lines += [sentence, ""]
     if card["wrong_labels"]:
         learned = any(unit["open"] and unit["learns"] for unit in card["units"])
         lines += [_labels_sentence(card["wrong_labels"], learned), ""]
@@ -257,14 +259,16 @@ def _backward(learner: MetaLearner, support: Support, adapted: Adapted) -> dict[
     }
 
 
-def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float]) -> str:
+def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float], explained: bool) -> str:
     def listed(gains: dict[str, float]) -> str:
         return ", ".join(f"{key}: {gain:+.3f}" for key, gain in gains.items())
 
     deep = f"Depths down to which statistics were tried, {listed(depths)}; then s" if depths else "S"
     return (
         f"{deep}trengths of the statistics, as multiples of the policy's gates, {listed(strengths)}: each with the "
-        "gain in nats per image by heads that had not seen it. The planned gates hold what was taken."
+        "gain in nats per image by heads that had not seen it. "
+        + ("The images are explained without any, so none were to be taken but for a sure gain. " if explained else "")
+        + "The planned gates hold what was taken."
     )
 
 

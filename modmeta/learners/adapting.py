@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modmeta.adaptation import (
     PRIOR,
@@ -59,6 +60,7 @@ class PolicyAdaptation(MetaLearner):
     prior_share: float
     statistics_depths: list[float]
     statistics_strengths: list[float]
+    explained_loss: float
     veto: bool
     veto_folds: int
     veto_caution: float
@@ -74,9 +76,9 @@ class PolicyAdaptation(MetaLearner):
         veto is not offered to learn at all from what is rather not to be trusted.
         """
         situation = self.situate(support)
-        plan, tried = self.tune(situation, support)
         wrong = self.wrong_labels(situation.features, support)
         believed, learning = (wrong.believed, wrong.learning) if wrong and self.veto else (None, 1.0)
+        plan, tried = self.tune(situation, support, believed)
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, support, situation.features, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
@@ -258,26 +260,33 @@ class PolicyAdaptation(MetaLearner):
     def _reading(self) -> list[str]:
         return [unit.name for unit in reading_units(self.model.units)]
 
-    def tune(self, situation: Situation, support: Support) -> tuple[Plan, dict[str, dict[str, float]]]:
+    def tune(
+        self, situation: Situation, support: Support, believed: Tensor | None = None
+    ) -> tuple[Plan, dict[str, Any]]:
         """Return the plan with its statistics as deep and strong as serves the support best, and what each gains.
 
         Args:
             situation: what is known of the domain.
             support: the images; without labels, or with classes that cannot do without one of theirs, nothing is tried.
+            believed: those whose labels say whether the support is explained already ``(S,)``, bool; None is all.
         """
         plan, labels = self.plan(situation).detach(), support.labels
         first, *others = self.statistics_depths
         nothing_to_try = not others and not self.statistics_strengths
         if nothing_to_try or labels is None or not stratified_folds(labels, 2, self.knows_classes(support)):
-            return plan, {"statistics_depths": {}, "statistics_strengths": {}}
+            return plan, {"statistics_depths": {}, "statistics_strengths": {}, "explained": False}
 
         def losses(candidate: Plan | None) -> Tensor:
             assert labels is not None
             return self.head.support_loss(self._held_out(candidate, support, situation.features), labels)
 
         plans = {first: plan} | {depth: self.plan(situation, depth=depth).detach() for depth in others}
-        plan, depths, strengths = tune_statistics(plans, self._reading(), self.statistics_strengths, losses)
-        return plan, {"statistics_depths": depths, "statistics_strengths": strengths}
+        with torch.no_grad():
+            unadapted = F.cross_entropy(self.held_out_logits(situation.features, support), labels, reduction="none")
+        explained = float(unadapted[... if believed is None else believed].mean()) < self.explained_loss
+        stands = 0.0 if explained else 1.0
+        plan, depths, strengths = tune_statistics(plans, self._reading(), self.statistics_strengths, losses, stands)
+        return plan, {"statistics_depths": depths, "statistics_strengths": strengths, "explained": explained}
 
     @torch.no_grad()
     def _held_out(self, candidate: Plan | None, support: Support, features: Tensor) -> Tensor:

@@ -81,6 +81,9 @@ class ModularMetaLearner(PolicyAdaptation):
             better on images that it has not seen, by more than a standard error.
         statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2]``, tried
             after the depths, at the chosen one, in the same way; the policy's own gates stand unless another is better.
+        explained_loss: mean loss of the unadapted model on held-out support images, in nats, below which a support
+            counts as explained already. Where statistics are tried at all, it is then none that stand unless others
+            are better: they have little to gain, and a few images' own chance to lose by. 0 never does.
         veto: whether the veto may keep the prior; without it every plan is carried out. Where the sources know all
             classes and the head reckons with wrong labels (``label_noise``), it also keeps those that look wrong from
             being learned from, and multiplies all learning rates by the chance that of the others no more are wrong.
@@ -127,6 +130,7 @@ class ModularMetaLearner(PolicyAdaptation):
         prior_share: float = 0.0,
         statistics_depths: Sequence[float] = (1.0,),
         statistics_strengths: Sequence[float] = (),
+        explained_loss: float = 0.0,
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
@@ -141,7 +145,7 @@ class ModularMetaLearner(PolicyAdaptation):
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
         refuse_outside({"budget": budget, "prior_share": prior_share, "unlabelled_share": unlabelled_share}, 0, 1)
         prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
-        refuse_outside(prices | {"full_step_drop": full_step_drop}, 0)
+        refuse_outside(prices | {"full_step_drop": full_step_drop, "explained_loss": explained_loss}, 0)
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
@@ -164,6 +168,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.prior_share = prior_share
         self.statistics_depths = list(statistics_depths)
         self.statistics_strengths = list(statistics_strengths)
+        self.explained_loss = explained_loss
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution

@@ -35,17 +35,18 @@ def losses_by(gain: Mapping[float, list[float]]) -> Callable[[Plan | None], Tens
     return losses
 
 
-@given(st.lists(st.floats(-2, 2), min_size=3, max_size=3), st.floats(0.01, 1))
-def test_the_best_factor_is_taken_if_it_is_surely_better(gains: list[float], spread: float) -> None:
+@given(st.lists(st.floats(-2, 2), min_size=3, max_size=3), st.floats(0.01, 1), st.sampled_from(["0", "1"]))
+def test_the_best_factor_is_taken_if_it_is_surely_better(gains: list[float], spread: float, stands: str) -> None:
     low, own, high = gains
     known = {0.5: [low - spread, low + spread], 1.0: [own, own], 2.0: [high - spread, high + spread]}
-    plan, _, told = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, [0.0, 0.5, 2.0], losses_by(known))
+    losses = losses_by(known)
+    plan, _, told = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, [0.5, 2.0, 0.0], losses, float(stands))
     assert told == pytest.approx({"0": 0.0, "0.5": low, "1": own, "2": high}, abs=1e-5)
     best = max(told, key=lambda name: told[name])
     error = 0.0 if best in ("0", "1") else spread  # of the mean of two
-    if abs(told[best] - told["1"] - error) < 1e-4:
+    if abs(told[best] - told[stands] - error) < 1e-4:
         return  # rounding decides
-    expected = float(best) if told[best] - told["1"] > error else 1.0
+    expected = float(best) if told[best] - told[stands] > error else float(stands)
     torch.testing.assert_close(plan.gates[:2], expected * torch.tensor([0.2, 0.1]))
     assert float(plan.gates[2]) == pytest.approx(0.7)
 
@@ -67,6 +68,13 @@ def test_a_gain_that_is_not_finite_is_never_taken() -> None:
     plan, _, told = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, list(known), losses_by(blind))
     assert told == {}
     assert plan.gates.tolist() == pytest.approx([0.2, 0.1, 0.7])
+
+
+def test_none_can_stand_without_being_named() -> None:
+    for gain, gates in ((-0.1, [0.0, 0.0, 0.7]), (0.1, [0.2, 0.1, 0.7])):
+        tried = tune_statistics({1.0: plan_of(0.2, 0.1, 0.7)}, READING, [], losses_by({1.0: [gain, gain]}), 0.0)
+        assert tried[0].gates.tolist() == pytest.approx(gates)
+        assert tried[2] == pytest.approx({"0": 0.0, "1": gain})
 
 
 def test_closed_statistics_are_not_tried() -> None:

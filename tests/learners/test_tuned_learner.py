@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
-from modmeta.adaptation import read_statistics
+from modmeta.adaptation import LabelTrust, read_statistics
 from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.card import make_card, render_markdown
@@ -54,6 +54,43 @@ def test_every_strength_is_judged_by_heads_that_have_not_seen_the_image(data: Do
     gap = losses[1.0] - losses[best]
     sure = float(gap.mean()) > float(gap.std()) / len(gap) ** 0.5
     torch.testing.assert_close(adapted.plan.gates, plan.strengthened(reading, best if sure else 1.0).gates)
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_in_an_explained_support_none_stands_in_place_of_the_policys_strength(
+    data: DomainDataModule, some: bool
+) -> None:
+    learner = made(data, [1.0])
+    support = episode_support(data.episode("test", 1), hide=False)
+    with torch.no_grad():
+        situation = learner.situate(support)
+        before = cross_entropy(learner.held_out_logits(situation.features, support), support.labels, reduction="none")
+        believed = before < before.median() if some else None
+        loss = float(before[... if believed is None else believed].mean())
+        for threshold, tried in ((0.99 * loss, {"1"}), (1.01 * loss, {"0", "1"})):
+            learner.explained_loss = threshold
+            told = learner.tune(situation, support, believed)[1]
+            assert told["explained"] == ("0" in tried)
+            assert set(told["statistics_strengths"]) == tried
+
+
+def test_images_that_look_wrong_do_not_say_whether_a_support_is_explained(
+    data: DomainDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = made(data, STRENGTHS)
+    learner.veto = True
+    support = episode_support(data.episode("test", 1), hide=False)
+    with torch.no_grad():
+        features = learner.model.backbone(support.images)
+        before = cross_entropy(learner.held_out_logits(features, support), support.labels, reduction="none")
+    mask = before < before.median()
+    learner.explained_loss = float(before[mask].mean() + before.mean()) / 2
+    wrong = LabelTrust(0.5, 0.1, 0.0, mask, 1.0)
+    assert not learner.adapt(support).report["explained"]
+    monkeypatch.setattr(learner, "wrong_labels", lambda features, support: wrong)
+    adapted = learner.adapt(support)
+    assert adapted.report["explained"]
+    assert "explained without any" in render_markdown("a", make_card(learner, support, adapted, 1.0))
 
 
 def test_trials_carry_out_the_strength_that_was_chosen(data: DomainDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +161,11 @@ def test_training_reads_down_to_the_first_depth_only(data: DomainDataModule, mon
 def test_a_strength_that_is_no_factor_is_refused(strengths: list[float]) -> None:
     with pytest.raises(ModmetaError, match="statistics_strengths"):
         tiny.modular(statistics_strengths=strengths)
+
+
+def test_a_negative_loss_is_refused() -> None:
+    with pytest.raises(ModmetaError, match="explained_loss"):
+        tiny.modular(explained_loss=-0.1)
 
 
 @pytest.mark.parametrize("depths", [[], [0.3, 1.5], [float("nan")]])
