@@ -31,7 +31,7 @@ from matrix.apart import in_process
 from peers import ours, sampling
 from peers.setting import METHODS, Entry, Setting
 
-from modmeta.adaptation.execution import keep_freed_memory
+from modmeta.allocator import keep_freed_memory
 from modmeta.errors import ModmetaError
 from modmeta.files import write_atomically
 

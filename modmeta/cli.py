@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
 
 from modmeta import __version__
+from modmeta.allocator import keep_freed_memory
 from modmeta.commands.options import COMPARE_HELP, PARSERS, lightning_help
 from modmeta.errors import ModmetaError, unknown
 
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # OpenMP's spinning threads starve each other where ranks or programs share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv is None:  # the process is ours
+        with suppress(ModmetaError):  # another C library than glibc, which may do well by itself
+            keep_freed_memory()
     try:
         with _sigterm_exits():
             return _dispatch(arguments)

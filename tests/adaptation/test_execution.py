@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 
@@ -295,25 +292,6 @@ def test_the_decompositions_are_exact_at_ties_and_odd_sizes(size: tuple[int, int
     _, right = by_hand(loss, parameters, given)
     _, gradients = Compiled("eager").meta_gradient(loss, parameters, given)
     torch.testing.assert_close(gradients, right, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
-def test_freed_memory_can_be_kept() -> None:
-    code = """
-from pathlib import Path
-import torch
-from modmeta.adaptation.execution import keep_freed_memory
-def held():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-torch.set_num_threads(1)
-keep_freed_memory()
-torch.ones(1 << 24)
-first = held()
-x = torch.ones(1 << 24)
-del x
-assert held() > first - (1 << 20), "it was given back"
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nonsense_options_are_refused() -> None:
