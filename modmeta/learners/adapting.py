@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from modmeta.adapters import State
 from modmeta.backbone import Site
 from modmeta.data import Episode
 from modmeta.learners.base import MetaLearner
+from modmeta.learners.held_out import HeldOut
 from modmeta.learners.measuring import episode_ids, episode_support
 
 
@@ -78,9 +78,10 @@ class PolicyAdaptation(MetaLearner):
         situation = self.situate(support)
         wrong = self.wrong_labels(situation.features, support)
         believed, learning = (wrong.believed, wrong.learning) if wrong and self.veto else (None, 1.0)
-        plan, tried = self.tune(situation, support, believed)
+        held_out = HeldOut(self, support, situation.features)
+        plan, tried = self.tune(situation, support, believed, held_out)
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
-        verdict = self._judge(plans, plan, support, situation.features, believed)
+        verdict = self._judge(plans, plan, held_out, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support, believed=believed)
         left_out = 0 if believed is None else int((~believed).sum())
@@ -210,7 +211,7 @@ class PolicyAdaptation(MetaLearner):
         Returns:
             the adapted state, and the support loss before every step.
         """
-        initial = self._initial(plan, support)
+        initial = self.initial_state(plan, support)
         images = self.signals.images(support.images)
         if statistics is None and len(images) > len(support.images):
             statistics = read_statistics(self.model, initial, plan, support.images)  # views are no images of the domain
@@ -246,7 +247,8 @@ class PolicyAdaptation(MetaLearner):
 
         return objective
 
-    def _initial(self, plan: Plan, support: Support) -> State:
+    def initial_state(self, plan: Plan, support: Support) -> State:
+        """Return where the units start: the bank's universal values, blended with its specialists as the plan says."""
         initial = self.bank.initial()
         specialists = self.bank.visible(support.hidden)
         if specialists:
@@ -261,7 +263,11 @@ class PolicyAdaptation(MetaLearner):
         return [unit.name for unit in reading_units(self.model.units)]
 
     def tune(
-        self, situation: Situation, support: Support, believed: Tensor | None = None
+        self,
+        situation: Situation,
+        support: Support,
+        believed: Tensor | None = None,
+        held_out: HeldOut | None = None,
     ) -> tuple[Plan, dict[str, Any]]:
         """Return the plan with its statistics as deep and strong as serves the support best, and what each gains.
 
@@ -269,6 +275,7 @@ class PolicyAdaptation(MetaLearner):
             situation: what is known of the domain.
             support: the images; without labels, or with classes that cannot do without one of theirs, nothing is tried.
             believed: those whose labels say whether the support is explained already ``(S,)``, bool; None is all.
+            held_out: what predicts the support, where others ask it, too.
         """
         plan, labels = self.plan(situation).detach(), support.labels
         first, *others = self.statistics_depths
@@ -276,42 +283,24 @@ class PolicyAdaptation(MetaLearner):
         if nothing_to_try or labels is None or not stratified_folds(labels, 2, self.knows_classes(support)):
             return plan, {"statistics_depths": {}, "statistics_strengths": {}, "explained": False}
 
+        predict = held_out or HeldOut(self, support, situation.features)
+
         def losses(candidate: Plan | None) -> Tensor:
-            assert labels is not None
-            return self.head.support_loss(self._held_out(candidate, support, situation.features), labels)
+            return self.head.support_loss(predict(candidate), labels)
 
         plans = {first: plan} | {depth: self.plan(situation, depth=depth).detach() for depth in others}
-        with torch.no_grad():
-            unadapted = F.cross_entropy(self.held_out_logits(situation.features, support), labels, reduction="none")
+        unadapted = F.cross_entropy(predict(None), labels, reduction="none")
         explained = float(unadapted[... if believed is None else believed].mean()) < self.explained_loss
         stands = 0.0 if explained else 1.0
         plan, depths, strengths = tune_statistics(plans, self._reading(), self.statistics_strengths, losses, stands)
         return plan, {"statistics_depths": depths, "statistics_strengths": strengths, "explained": explained}
 
-    @torch.no_grad()
-    def _held_out(self, candidate: Plan | None, support: Support, features: Tensor) -> Tensor:
-        """Return logits ``(S, C)`` of every support image by heads that have not seen it.
-
-        Args:
-            candidate: a plan of which no label moves anything; None is the unadapted model.
-            support: the images, labelled.
-            features: their unadapted features ``(S, D)``.
-        """
-        before = self.held_out_logits(features, support)
-        if candidate is None:
-            return before
-        # What is read at a layer takes effect at once, so the pass that reads ends with the features.
-        x, _ = self.model.observe(support.images, self._initial(candidate, support), candidate.gate_of())
-        return torch.lerp(self.held_out_logits(x, support, candidate.ridge), before, self.prior_share)
-
-    def _judge(
-        self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor, believed: Tensor | None
-    ) -> Verdict:
+    def _judge(self, plans: dict[str, Plan], plan: Plan, held_out: HeldOut, believed: Tensor | None) -> Verdict:
         if not self.veto:
             return Verdict("plan", {}, {}, 0)
         return judge(
             plans,
-            **self._evidence(plans, plan, support, features, believed),
+            **self._evidence(plans, plan, held_out, believed),
             gain=float(plan.gain),
             gain_deviation=float((0.5 * plan.gain_log_variance).exp()),
             caution=self.veto_caution,
@@ -327,9 +316,10 @@ class PolicyAdaptation(MetaLearner):
         """
         support = episode_support(episode, hide=True)
         situation = self.situate(support)
-        plan, _ = self.tune(situation, support)
+        held_out = HeldOut(self, support, situation.features)
+        plan, _ = self.tune(situation, support, held_out=held_out)
         plans = candidates(plan, self._reading())
-        measured = measure(plans, **self._evidence(plans, plan, support, situation.features))
+        measured = measure(plans, **self._evidence(plans, plan, held_out))
         _, ids = episode_ids(episode)
         prior = self.fit_head(situation.features, support)(self.prior_features(episode.query, ids))
         before = tempered_losses(prior, episode.query_labels)
@@ -349,9 +339,10 @@ class PolicyAdaptation(MetaLearner):
         )
 
     def _evidence(
-        self, plans: dict[str, Plan], plan: Plan, support: Support, features: Tensor, believed: Tensor | None = None
+        self, plans: dict[str, Plan], plan: Plan, held_out: HeldOut, believed: Tensor | None = None
     ) -> dict[str, Any]:
         """Return what the veto needs to measure plans on a support, as arguments of :func:`measure`."""
+        support, features = held_out.support, held_out.features
         read: dict[int, State] = {}
 
         def predict(candidate: Plan | None, rest: Tensor, fold: Tensor) -> Tensor:
@@ -363,7 +354,7 @@ class PolicyAdaptation(MetaLearner):
                 key = int(fold[0])  # folds are disjoint, so an image of one names it
                 if key not in read:
                     # All candidates read the same statistics of a fold.
-                    read[key] = read_statistics(self.model, self._initial(plan, part), plan, part.images)
+                    read[key] = read_statistics(self.model, self.initial_state(plan, part), plan, part.images)
                 try:
                     state, _ = self.carry_out(candidate, part, read[key], None if believed is None else believed[rest])
                 except DivergedError:
@@ -378,7 +369,7 @@ class PolicyAdaptation(MetaLearner):
             "labels": support.labels,
             "anchored": self.knows_classes(support),
             "predict": predict,
-            "held_out": partial(self._held_out, support=support, features=features),
+            "held_out": held_out,
             "label_free": [name for name, each in plans.items() if set(each.gate_of()) <= set(reading)],
             "folds": self.veto_folds,
         }

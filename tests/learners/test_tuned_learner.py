@@ -9,11 +9,13 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
-from modmeta.adaptation import LabelTrust, read_statistics
+from modmeta.adaptation import LabelTrust, candidates, read_statistics
+from modmeta.adapters import Gates, State
 from modmeta.data import DomainDataModule
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.card import make_card, render_markdown
 from modmeta.learners import ModularMetaLearner
+from modmeta.learners.held_out import HeldOut
 from modmeta.learners.measuring import episode_support
 
 STRENGTHS = [0.0, 1.0, 2.0]
@@ -172,3 +174,30 @@ def test_a_negative_loss_is_refused() -> None:
 def test_a_depth_outside_the_backbone_is_refused(depths: list[float]) -> None:
     with pytest.raises(ModmetaError, match="statistics_depths"):
         tiny.modular(statistics_depths=depths)
+
+
+def test_what_tuning_has_measured_the_veto_does_not_measure_again(
+    data: DomainDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = made(data, STRENGTHS, depths=(0.3, 1.0))
+    learner.veto, learner.veto_folds = True, 0
+    support = episode_support(data.episode("test", 1), hide=False)
+    passes: list[list[float]] = []
+    observe = learner.model.observe
+
+    def counted(images: torch.Tensor, state: State, gates: Gates, **where: str | None) -> tuple[torch.Tensor, State]:
+        passes.append([float(gate) for gate in gates.values()])
+        return observe(images, state, gates, **where)
+
+    monkeypatch.setattr(learner.model, "observe", counted)
+    situation = learner.situate(support)
+    held_out = HeldOut(learner, support, situation.features)
+    with torch.no_grad():
+        plan, told = learner.tune(situation, support, held_out=held_out)
+        tried = len(passes)
+        verdict = learner._judge(candidates(plan, learner._reading()), plan, held_out, None)
+    assert tried == len(told["statistics_depths"]) + len(STRENGTHS) - 2  # none needs no pass, 1 had one already
+    assert len(passes) == tried
+    assert verdict.evidence == len(support.images)
+    again = HeldOut(learner, support, situation.features)(plan.keeping(learner._reading()))
+    torch.testing.assert_close(held_out(plan.keeping(learner._reading())), again, rtol=0, atol=0)

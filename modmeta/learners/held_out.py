@@ -1,0 +1,48 @@
+"""What a support set says of plans that look at no label: every image predicted by heads that have not seen it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modmeta.adaptation import Plan, Support
+
+if TYPE_CHECKING:
+    from modmeta.learners.adapting import PolicyAdaptation
+
+
+class HeldOut:
+    """Predicts a support's images under plans that no label moves, and each plan only once.
+
+    Tuning asks for a plan with its statistics at many depths and strengths, the veto again for the one that was taken.
+
+    Args:
+        learner: whose plans they are.
+        support: the images, labelled.
+        features: their unadapted features ``(S, D)``.
+    """
+
+    def __init__(self, learner: PolicyAdaptation, support: Support, features: Tensor) -> None:
+        self._learner = learner
+        self.support = support
+        self.features = features
+        self._known: dict[tuple[float, ...], Tensor] = {}
+
+    def __call__(self, plan: Plan | None) -> Tensor:
+        """Return logits ``(S, C)``; those of the unadapted model for None."""
+        read = () if plan is None else (plan.gates, plan.bank, plan.ridge)
+        key = tuple(number for tensor in read for number in tensor.flatten().tolist())
+        if key not in self._known:
+            self._known[key] = self._predict(plan)
+        return self._known[key]
+
+    @torch.no_grad()
+    def _predict(self, plan: Plan | None) -> Tensor:
+        learner, support = self._learner, self.support
+        if plan is None:
+            return learner.held_out_logits(self.features, support)
+        # What is read at a layer takes effect at once, so the pass that reads ends with the features.
+        x, _ = learner.model.observe(support.images, learner.initial_state(plan, support), plan.gate_of())
+        return torch.lerp(learner.held_out_logits(x, support, plan.ridge), self(None), learner.prior_share)
