@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--out", default=Path("runs/benchmark-pacs"), type=Path)
     parser.add_argument("--domains", nargs="+", default=DOMAINS, choices=DOMAINS)
     parser.add_argument("--episodes", type=int, default=300, help="test episodes per domain and number of shots")
+    parser.add_argument("--epochs", type=int, help="of meta-training; default: the configuration's")
     parser.add_argument("--again", action="store_true", help="measure again and compare")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -69,6 +70,8 @@ def fitted(domain: str, folder: Path, options: argparse.Namespace) -> str:
         command += ["--data.root", str(options.root.resolve()), "--data.test_domains", f"[{domain}]"]
         if options.weights:
             command += ["--model.init_args.backbone.pretrained", str(options.weights.resolve())]
+        if options.epochs:
+            command += ["--trainer.max_epochs", str(options.epochs)]
         begin = time.perf_counter()
         launch(command, folder)
         write_atomically(folder / "minutes", f"{(time.perf_counter() - begin) / 60:.0f}".encode())
