@@ -15,9 +15,9 @@ def keep_freed_memory() -> None:
     """Tell the C library of this process to keep blocks of up to 1 GiB that are freed, instead of giving them back.
 
     A pass through a network, and a loop over tasks, allocates and frees the same few large activations again and
-    again. By default glibc returns each to the system, which then clears its pages anew: from a fifth of the time of
-    such a loop to nearly half of it. The price is that the process keeps its largest size. It applies to everything in
-    the process, so modmeta's own command line does it, and code that is imported never.
+    again. By default glibc returns each to the system, which then clears its pages anew: a fifth of the time of such a
+    loop, and more of a pass with large images. The price is that the process keeps its largest size. It applies to
+    everything in the process, so modmeta's own command line does it, and code that is imported never.
 
     Raises:
         ModmetaError: if the C library is not glibc, or refuses.
