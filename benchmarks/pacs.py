@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from modmeta.evaluation.compare import Row, RowFile
 from modmeta.evaluation.compare.settings import MEAN
 from modmeta.files import write_atomically
@@ -77,7 +79,11 @@ def fitted(domain: str, folder: Path, options: argparse.Namespace) -> str:
         write_atomically(folder / "minutes", f"{(time.perf_counter() - begin) / 60:.0f}".encode())
     print(f"{domain}: fitted in {(folder / 'minutes').read_text()} min")
     found = folder.glob("runs/pacs/*/checkpoints/last.ckpt")
-    return str(max(found, key=lambda path: path.stat().st_mtime))  # one that was stopped may lie beside it
+    last = max(found, key=lambda path: path.stat().st_mtime)  # one that was stopped may lie beside it
+    epochs = yaml.safe_load((last.parents[1] / "config.yaml").read_text())["trainer"]["max_epochs"]
+    if options.epochs not in (None, epochs):
+        raise SystemExit(f"{folder} holds a fit of {epochs} epochs, not {options.epochs}; choose another --out")
+    return str(last)
 
 
 def compared(checkpoints: dict[str, str], output: Path, options: argparse.Namespace) -> Path:
