@@ -4,8 +4,9 @@
 
 Trains ``configs/pacs.yaml`` once per held-out domain (seed 0), compares ``configs/compare/pacs_long.yaml`` on the same
 frozen episodes, and writes ``table.md`` beside the comparison's own report. A domain that was fitted before is
-not fitted again, and the comparison goes on where it was stopped, so ``--episodes`` may grow. ``--again`` measures
-everything a second time and compares bit for bit.
+not fitted again, and the comparison goes on where it was stopped, so ``--episodes`` may grow. ``--fit`` changes
+settings of the fits, such as ``trainer.max_epochs=4``. ``--again`` measures everything a second time and compares bit
+for bit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
 
 from modmeta.evaluation.compare import Row, RowFile
 from modmeta.evaluation.compare.settings import MEAN
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", default=Path("runs/benchmark-pacs"), type=Path)
     parser.add_argument("--domains", nargs="+", default=DOMAINS, choices=DOMAINS)
     parser.add_argument("--episodes", type=int, default=300, help="test episodes per domain and number of shots")
-    parser.add_argument("--epochs", type=int, help="of meta-training; default: the configuration's")
+    parser.add_argument("--fit", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the fits, changed")
     parser.add_argument("--again", action="store_true", help="measure again and compare")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -72,17 +74,18 @@ def fitted(domain: str, folder: Path, options: argparse.Namespace) -> str:
         command += ["--data.root", str(options.root.resolve()), "--data.test_domains", f"[{domain}]"]
         if options.weights:
             command += ["--model.init_args.backbone.pretrained", str(options.weights.resolve())]
-        if options.epochs:
-            command += ["--trainer.max_epochs", str(options.epochs)]
+        command += [f"--{setting}" for setting in options.fit]
         begin = time.perf_counter()
         launch(command, folder)
         write_atomically(folder / "minutes", f"{(time.perf_counter() - begin) / 60:.0f}".encode())
     print(f"{domain}: fitted in {(folder / 'minutes').read_text()} min")
     found = folder.glob("runs/pacs/*/checkpoints/last.ckpt")
     last = max(found, key=lambda path: path.stat().st_mtime)  # one that was stopped may lie beside it
-    epochs = yaml.safe_load((last.parents[1] / "config.yaml").read_text())["trainer"]["max_epochs"]
-    if options.epochs not in (None, epochs):
-        raise SystemExit(f"{folder} holds a fit of {epochs} epochs, not {options.epochs}; choose another --out")
+    config = OmegaConf.load(last.parents[1] / "config.yaml")
+    for key, _, value in (setting.partition("=") for setting in options.fit):
+        found = OmegaConf.select(config, key)
+        if found != yaml.safe_load(value):
+            raise SystemExit(f"{folder} holds a fit whose {key} is {found}, not {value}; choose another --out")
     return str(last)
 
 
