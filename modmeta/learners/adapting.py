@@ -60,6 +60,7 @@ class PolicyAdaptation(MetaLearner):
     prior_share: float
     statistics_depths: list[float]
     statistics_strengths: list[float]
+    statistics_prior: float
     explained_loss: float
     veto: bool
     veto_folds: int
@@ -189,6 +190,8 @@ class PolicyAdaptation(MetaLearner):
         plan = self.policy(self.model.units, whole, each, situation.distances, generator)
         if not torch.isfinite(torch.cat([plan.gates, plan.rates.flatten()])).all():
             raise DivergedError("the policy's plan is not finite")
+        images = len(situation.features)
+        plan = plan.strengthened(self._reading(), images / (images + self.statistics_prior))
         limit = self.statistics_depths[0] if depth is None else depth
         deep = read_beyond(self.model.units, limit)
         plan = plan.keeping([name for name in plan.units if name not in deep])

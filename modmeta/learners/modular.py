@@ -81,6 +81,10 @@ class ModularMetaLearner(PolicyAdaptation):
             better on images that it has not seen, by more than a standard error.
         statistics_strengths: factors on the gates of units that only read statistics, such as ``[0, 0.5, 1, 2]``, tried
             after the depths, at the chosen one, in the same way; the policy's own gates stand unless another is better.
+        statistics_prior: how many images the backbone's own statistics count as. With ``S`` support images the gates of
+            units that only read statistics are multiplied by ``S / (S + statistics_prior)``, as few images show their
+            content rather than their domain. Schneider et al., "Improving robustness against common corruptions by
+            covariate shift adaptation", NeurIPS 2020, weigh the two this way. 0 leaves the gates as they are.
         explained_loss: mean loss of the unadapted model on held-out support images, in nats, below which a support
             counts as explained already. Where statistics are tried at all, it is then none that stand unless others
             are better: they have little to gain, and a few images' own chance to lose by. 0 never does.
@@ -130,6 +134,7 @@ class ModularMetaLearner(PolicyAdaptation):
         prior_share: float = 0.0,
         statistics_depths: Sequence[float] = (1.0,),
         statistics_strengths: Sequence[float] = (),
+        statistics_prior: float = 0.0,
         explained_loss: float = 0.0,
         veto: bool = True,
         veto_folds: int = 2,
@@ -145,7 +150,8 @@ class ModularMetaLearner(PolicyAdaptation):
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
         refuse_outside({"budget": budget, "prior_share": prior_share, "unlabelled_share": unlabelled_share}, 0, 1)
         prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
-        refuse_outside(prices | {"full_step_drop": full_step_drop, "explained_loss": explained_loss}, 0)
+        thresholds = {"full_step_drop": full_step_drop, "explained_loss": explained_loss}
+        refuse_outside(prices | thresholds | {"statistics_prior": statistics_prior}, 0)
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
@@ -168,6 +174,7 @@ class ModularMetaLearner(PolicyAdaptation):
         self.prior_share = prior_share
         self.statistics_depths = list(statistics_depths)
         self.statistics_strengths = list(statistics_strengths)
+        self.statistics_prior = statistics_prior
         self.explained_loss = explained_loss
         self.veto = veto
         self.veto_folds = veto_folds

@@ -165,15 +165,33 @@ def test_a_strength_that_is_no_factor_is_refused(strengths: list[float]) -> None
         tiny.modular(statistics_strengths=strengths)
 
 
-def test_a_negative_loss_is_refused() -> None:
-    with pytest.raises(ModmetaError, match="explained_loss"):
-        tiny.modular(explained_loss=-0.1)
+@pytest.mark.parametrize("option", ["explained_loss", "statistics_prior"])
+def test_a_negative_number_is_refused(option: str) -> None:
+    with pytest.raises(ModmetaError, match=option):
+        tiny.modular(**{option: -0.1})
 
 
 @pytest.mark.parametrize("depths", [[], [0.3, 1.5], [float("nan")]])
 def test_a_depth_outside_the_backbone_is_refused(depths: list[float]) -> None:
     with pytest.raises(ModmetaError, match="statistics_depths"):
         tiny.modular(statistics_depths=depths)
+
+
+def test_statistics_of_few_images_count_for_less(data: DomainDataModule) -> None:
+    learner = made(data, [])
+    support = episode_support(data.episode("test", 1), hide=False)
+    situation = learner.situate(support)
+    images = len(support.images)
+    reading = torch.tensor([name in learner._reading() for name in learner.plan(situation).units])
+    with torch.no_grad():
+        without = learner.plan(situation).gates
+        learner.statistics_prior = 3.0 * images
+        weighed = learner.plan(situation).gates
+        learner.statistics_prior = 0.0
+        assert torch.equal(learner.plan(situation).gates, without)
+    assert 0 < int(reading.sum()) < len(reading)
+    torch.testing.assert_close(weighed[reading], without[reading] / 4)
+    torch.testing.assert_close(weighed[~reading], without[~reading], rtol=0, atol=0)
 
 
 def test_what_tuning_has_measured_the_veto_does_not_measure_again(
