@@ -83,9 +83,9 @@ def fitted(domain: str, folder: Path, options: argparse.Namespace) -> str:
     last = max(found, key=lambda path: path.stat().st_mtime)  # one that was stopped may lie beside it
     config = OmegaConf.load(last.parents[1] / "config.yaml")
     for key, _, value in (setting.partition("=") for setting in options.fit):
-        found = OmegaConf.select(config, key)
-        if found != yaml.safe_load(value):
-            raise SystemExit(f"{folder} holds a fit whose {key} is {found}, not {value}; choose another --out")
+        fitted_with = OmegaConf.select(config, key)
+        if fitted_with != yaml.safe_load(value):
+            raise SystemExit(f"{folder} holds a fit whose {key} is {fitted_with}, not {value}; choose another --out")
     return str(last)
 
 
