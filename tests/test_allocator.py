@@ -19,7 +19,6 @@ import torch
 from modmeta.allocator import keep_freed_memory
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-torch.set_num_threads(1)
 keep_freed_memory()
 torch.ones(1 << 24)
 first = held()

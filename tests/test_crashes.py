@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from crash_writers import writers
 from crashes import KILLED, REFUSED, Crash, Harness
 
@@ -24,12 +23,9 @@ KINDS = {
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[Harness]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     # Where there is a file system in memory, the temporary directory is on another one, and syncing costs nothing.
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else tmp_path) as work:
         yield Harness(Path(work), tmp_path, disk=None)
-    torch.set_num_threads(before)
 
 
 def losses(crashes: list[Crash]) -> list[Crash]:

@@ -4,18 +4,12 @@ import inspect
 
 import modules_page
 import pytest
-import torch
 from matrix.tables import between
 
 from modmeta.adapters import MODULES
 
 PAGE = modules_page.PAGE.read_text(encoding="utf-8")
 SECTIONS = {name: body for name, _, body in (part.partition("\n") for part in PAGE.split("\n## ")[1:])}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", modules_page.built_in())

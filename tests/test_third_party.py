@@ -20,7 +20,6 @@ from modmeta.adapters.adapter_file import write_adapter
 from modmeta.backbone import Backbone
 from modmeta.serving import AdapterHost
 
-torch.set_num_threads(1)
 model = AdaptedBackbone(Backbone("test_efficientnet", False, 32), [UnitConfig("stretch", depth=(0.5, 1.0))])
 names, scalar = tuple(unit.name for unit in model.units), torch.tensor(0.5)
 ones = torch.ones(len(names))
@@ -50,7 +49,6 @@ from modmeta.backbone import Backbone
 from modmeta.errors import ModmetaError
 from modmeta.serving import AdapterHost
 
-torch.set_num_threads(1)
 model = AdaptedBackbone(Backbone("test_efficientnet", False, 32), [UnitConfig(sys.argv[2], depth=(0.5, 1.0))])
 host = AdapterHost(model)
 try:

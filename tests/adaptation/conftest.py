@@ -1,6 +1,6 @@
-"""One thread, and a plain situation to describe."""
+"""A plain situation to describe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,14 +11,6 @@ from torch import Tensor
 from modmeta.adaptation import Plan
 from modmeta.adapters import AdaptedBackbone, State, UnitConfig
 from modmeta.backbone import Backbone
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -153,7 +153,7 @@ def test_a_traced_graph_equals_the_loop_by_hand(algorithm: str, norm: str) -> No
     agree(Compiled("eager", workers=1), task_loss(algorithm, norm, steps=1), tasks(2))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
 def test_compiled_code_equals_the_loop_by_hand(algorithm: str) -> None:
     """The compiler takes seconds, so one network has every norm: each feeds the head its own features."""
     agree(Compiled(), task_loss(algorithm, "every", steps=1), tasks(1), start(blocks=1, branches=len(NORMS)))
@@ -193,13 +193,22 @@ def test_compiled_keeps_one_graph_per_loss_and_set_of_shapes() -> None:
 
 
 def test_several_workers_give_what_one_gives() -> None:
-    loss, given, before = task_loss("maml", "batch"), tasks(5), torch.get_num_threads()
+    loss, given = task_loss("maml", "batch"), tasks(5)
     agree(Compiled("eager", workers=3), loss, given)
     one, own = Compiled("eager", workers=2).meta_gradient(loss, start(), given)
     two, same = Compiled("eager", workers=2).meta_gradient(loss, start(), given)
     assert torch.equal(one, two)
     assert all(torch.equal(own[name], same[name]) for name in own)
-    assert torch.get_num_threads() == before
+
+
+def test_workers_leave_the_number_of_threads_as_it_was() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Compiled("eager", workers=2).meta_gradient(task_loss("maml", "batch"), start(), tasks(2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_compiled_graph_reads_outer_tensors_when_it_runs() -> None:

@@ -13,14 +13,6 @@ from modmeta.backbone import Backbone
 NORMS = ("test_efficientnet", "test_efficientnet_gn", "test_convnext")  # batch, group and layer normalisation
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def host(name: str) -> Backbone:
     """Return a backbone with no branch closed and with source statistics that are not 0 and 1."""

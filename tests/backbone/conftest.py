@@ -12,14 +12,6 @@ from modmeta.backbone import Backbone
 SMALL = ("test_resnet", "test_efficientnet", "test_vit", "test_convnext")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def _alive(name: str, image_size: int) -> Backbone:
     """Return a backbone with random weights of which each has an effect.

@@ -5,12 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from modmeta.data.digits import DigitsDomains
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
-"""One thread, a tiny learner that has measured its sources, and the digits that it is tested on."""
+"""A tiny learner that has measured its sources, and the digits that it is tested on."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,6 @@ from modmeta.data import DigitsDomains, DomainDataModule
 from modmeta.learners import BackboneConfig, MetaLearner, ModularMetaLearner
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import compared`
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,6 @@ def options(folder: Path, episodes: int = 2) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def evidence(deciding: ModularMetaLearner, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    torch.set_num_threads(1)
     data = dict(DomainDataModule(**DATA).hparams)
     return freeze(deciding, data, options(tmp_path_factory.mktemp("evidence")))
 

@@ -1,25 +1,15 @@
-"""One thread, the helpers of ``tiny``, and one fitted learner that several tests look at."""
+"""The helpers of ``tiny``, and one fitted learner that several tests look at."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
 
 import tiny
 
 from modmeta.data import DomainDataModule
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +23,6 @@ def data() -> DomainDataModule:
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tiny.Fitted:
     folder = tmp_path_factory.mktemp("fitted")
-    torch.set_num_threads(1)
     learner, data = tiny.modular(source=tiny.source(), baselines=["prototype"]), tiny.digits()
     trainer = tiny.trainer(folder, 2, limit_val_batches=1.0)
     trainer.fit(learner, datamodule=data)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 
 def main(folder: Path, devices: int) -> None:
-    torch.set_num_threads(1)
     seen: dict[str, dict[str, Tensor]] = {}
     rank = 0
     for name, learner in (("maml", family.gradient(steps=2)), ("reptile", family.reptile(optimizer="sgd"))):

@@ -36,7 +36,6 @@ def learners() -> dict[str, MetaLearner]:
 
 
 def main(folder: Path, devices: int) -> None:
-    torch.set_num_threads(1)
     for name, learner in learners().items():
         trainer = tiny.trainer(folder, 1, devices=devices, strategy="ddp" if devices > 1 else "auto")
         trainer.fit(learner, datamodule=tiny.digits(episodes_per_step=2))

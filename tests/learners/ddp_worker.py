@@ -39,7 +39,6 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def main(folder: Path, devices: int) -> None:
-    torch.set_num_threads(1)
 
     def trainer(epochs: int) -> Trainer:
         strategy = "ddp" if devices > 1 else "auto"

@@ -20,7 +20,6 @@ from modmeta.learners.interruption import INTERRUPTED, Interruption
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     two = {"devices": 2, "strategy": "ddp"}
     whole = fit(folder, "modular", **two)
     rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -248,7 +248,6 @@ def test_a_fit_is_changed_and_resumes_to_the_bit(name: str, tmp_path: Path, plai
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    torch.set_num_threads(1)
     return trained(tmp_path_factory.mktemp("plain"), None)
 
 

@@ -25,7 +25,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Traced]:
     def make(learner: str = "head_only", **changes: Any) -> Traced:
         key = (learner, *sorted(changes.items()))
         if key not in made:
-            torch.set_num_threads(1)
             made[key] = fit(tmp_path_factory.mktemp("whole"), learner, keep=True, **changes)
         return made[key]
 

@@ -29,7 +29,6 @@ BOTH = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    torch.set_num_threads(1)
     return fit(tmp_path_factory.mktemp("whole"))
 
 
@@ -212,7 +211,7 @@ def without_times(metrics: str) -> list[list[str]]:
 def test_two_signals_to_a_process(config: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "modmeta", "fit", "--config", config, "--name", "twice"],
-        env=os.environ | {"SIGNALS": "SIGTERM SIGTERM", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"SIGNALS": "SIGTERM SIGTERM"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 143

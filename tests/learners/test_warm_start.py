@@ -113,7 +113,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def warm(folder: Path) -> ModularMetaLearner:
-    torch.set_num_threads(1)  # it is made before the fixture that does so for every test
     return started(folder)
 
 

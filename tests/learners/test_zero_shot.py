@@ -55,7 +55,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        torch.set_num_threads(1)
         flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
         assert main(["fit", "--config", str(CONFIG), *flags]) == 0
     return folder / "runs/attribute/version_0"

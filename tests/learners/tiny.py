@@ -76,7 +76,7 @@ def for_ranks() -> dict[str, str]:
     """
     own = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     port = str(20_000 + os.getpid() % 10_000)
-    return own | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
+    return own | {"GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": port}
 
 
 @dataclass(frozen=True)

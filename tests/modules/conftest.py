@@ -1,6 +1,6 @@
-"""One thread, as the models are tiny, and hosts in which every weight has an effect."""
+"""Hosts in which every weight has an effect."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,14 +10,6 @@ from torch import Tensor, nn
 
 from modmeta.adapters import AdaptedBackbone, State, UnitConfig
 from modmeta.backbone import Backbone
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -1,12 +1,10 @@
-"""The helpers of the learners' tests, one thread, and one tiny supernet with its run that several tests look at."""
+"""The helpers of the learners' tests, and one tiny supernet with its run that several tests look at."""
 
 import sys
-from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "learners"))  # for `import tiny`
 
@@ -41,14 +39,6 @@ model:
       - {module: bias, depth: [0.5, 1.0]}
       - {module: projection, options: {rank: 2}}
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -106,13 +106,10 @@ def case(name: str, head: str = "prototype", slots: bool = False) -> Case:
 
 
 @pytest.fixture(autouse=True)
-def _hosts_untouched_and_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _hosts_untouched() -> Iterator[None]:
     before = _backbone("test_resnet", SIZE).fingerprint()
     yield
     assert _backbone("test_resnet", SIZE).fingerprint() == before
-    torch.set_num_threads(threads)
 
 
 def normalised(images: Tensor, metadata: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
-"""One thread, a tiny learner whose sources are measured, and tasks that hide their query."""
+"""A tiny learner whose sources are measured, and tasks that hide their query."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +18,6 @@ from modmeta.data import Episode
 from modmeta.evaluation.systems import Task
 from modmeta.learners import ModularMetaLearner
 from modmeta.learners.measuring import episode_support
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
