@@ -153,7 +153,7 @@ def test_a_traced_graph_equals_the_loop_by_hand(algorithm: str, norm: str) -> No
     agree(Compiled("eager", workers=1), task_loss(algorithm, norm, steps=1), tasks(2))
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_compiled_code_equals_the_loop_by_hand(algorithm: str) -> None:
     """The compiler takes seconds, so one network has every norm: each feeds the head its own features."""
     agree(Compiled(), task_loss(algorithm, "every", steps=1), tasks(1), start(blocks=1, branches=len(NORMS)))
