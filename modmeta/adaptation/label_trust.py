@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modmeta.adaptation.plan import Plan
+
 _ROUNDING = 1e-6  # a label that has exactly chance is not doubted
+_DOUBTED_RIDGE = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,21 @@ class LabelTrust:
     trust: float
     believed: Tensor
     learning: float
+
+    @property
+    def doubted(self) -> bool:
+        """Whether the labels are trusted together less than one is before anything is seen of it."""
+        return self.trust < 1 - self.reckoned
+
+    def temper(self, plan: Plan) -> Plan:
+        """Return a plan whose head is held back where the labels are doubted.
+
+        Features that were adapted to labels hold what these say, and a head that is fitted to the same labels says it
+        again. A policy whose training saw right labels alone may have learned to trust them more than the unadapted
+        model's head does: where they are doubted, the factor on the ridge strength is four times what was planned, and
+        four at least.
+        """
+        return replace(plan, ridge=_DOUBTED_RIDGE * plan.ridge.clamp_min(1.0)) if self.doubted else plan
 
     def to_dict(self) -> dict[str, float]:
         """Return what is plain data."""

@@ -138,8 +138,9 @@ def render_markdown(name: str, card: dict[str, Any]) -> str:
         sentence = _statistics_sentence(card["statistics_depths"], card["statistics_strengths"], card["explained"])
         lines += [sentence, ""]
     if card["wrong_labels"]:
-        learned = any(unit["open"] and unit["learns"] for unit in card["units"])
-        lines += [_labels_sentence(card["wrong_labels"], learned), ""]
+        opened = [unit for unit in card["units"] if unit["open"]]
+        learned = any(unit["learns"] for unit in opened)
+        lines += [_labels_sentence(card["wrong_labels"], learned, bool(opened)), ""]
     lines += [_cost_sentence(card["backward"]), ""]
     if verdict is not None:
         rows = [(who, f"{gain:+.3f}", f"{verdict['errors'][who]:.3f}") for who, gain in verdict["gains"].items()]
@@ -272,7 +273,7 @@ def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float], 
     )
 
 
-def _labels_sentence(wrong: dict[str, float], learned: bool) -> str:
+def _labels_sentence(wrong: dict[str, float], learned: bool, adapted: bool) -> str:
     consequence = ""
     if not wrong["learning"]:
         consequence = ": too small for anything to learn from them"
@@ -287,6 +288,7 @@ def _labels_sentence(wrong: dict[str, float], learned: bool) -> str:
         f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %. The chance "
         f"that no more are wrong than the {100 * wrong['reckoned']:g} % that are reckoned with is "
         f"{100 * wrong['trust']:.0f} %{consequence}."
+        + (" The head on adapted features was held back by a stronger ridge." if wrong["held_back"] and adapted else "")
     )
 
 

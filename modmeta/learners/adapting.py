@@ -73,14 +73,17 @@ class PolicyAdaptation(MetaLearner):
     def adapt(self, support: Support) -> Adapted:
         """Describe the domain, plan, consult the veto, and carry out what remains.
 
-        The less the labels can be trusted, the less is learned from them, and not from those that look wrong; the
-        veto is not offered to learn at all from what is rather not to be trusted.
+        The less the labels can be trusted, the less is learned from them, and not from those that look wrong, and the
+        head is held back; the veto is not offered to learn at all from what is rather not to be trusted.
         """
         situation = self.situate(support)
         wrong = self.wrong_labels(situation.features, support)
         believed, learning = (wrong.believed, wrong.learning) if wrong and self.veto else (None, 1.0)
         held_out = HeldOut(self, support, situation.features)
         plan, tried = self.tune(situation, support, believed, held_out)
+        held_back = wrong is not None and wrong.doubted and self.veto
+        if wrong and held_back:
+            plan = wrong.temper(plan)
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, held_out, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
@@ -90,7 +93,9 @@ class PolicyAdaptation(MetaLearner):
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
             **tried,
-            "wrong_labels": wrong.to_dict() | {"left_out": left_out, "learning": learning} if wrong else {},
+            "wrong_labels": wrong.to_dict() | {"left_out": left_out, "learning": learning, "held_back": held_back}
+            if wrong
+            else {},
             "verdict": verdict.to_dict(),
             "support_losses": losses,
             "expected_gain": float(plan.gain),

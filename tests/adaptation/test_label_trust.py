@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modmeta.adaptation import label_trust
+from modmeta.adaptation import Plan, label_trust
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 1))
@@ -61,3 +61,21 @@ def test_labels_that_are_rather_not_to_be_trusted_teach_nothing() -> None:
     assert label_trust(torch.full((5,), 0.9), 0.1).learning == 0.0  # none is left
     assert label_trust(torch.full((8,), 0.09), 0.1).learning == 0.0  # all are, and one of them is rather wrong
     assert label_trust(torch.full((7,), 0.09), 0.1).learning == pytest.approx(0.91**7)
+
+
+@pytest.mark.parametrize(("planned", "held_back"), [(0.4, 4.0), (1.0, 4.0), (1.5, 6.0)])
+def test_the_head_is_held_back_where_labels_are_doubted_and_nothing_else_changes(
+    planned: float, held_back: float
+) -> None:
+    plan = Plan(
+        ("film",), *(torch.rand(size) for size in [(1,), (1, 3), (1,), (1, 1)]), torch.tensor(planned),
+        torch.tensor(0.2), torch.tensor(-3.0),
+    )  # fmt: skip
+    trusted = label_trust(torch.tensor([0.095, 0.0, 0.0]), 0.1)
+    assert not trusted.doubted
+    assert trusted.temper(plan) is plan
+    doubted = label_trust(torch.tensor([0.11, 0.0, 0.0]), 0.1)
+    assert doubted.doubted
+    found = doubted.temper(plan)
+    assert float(found.ridge) == pytest.approx(held_back)
+    assert found.to_dict() | {"ridge": 0.0} == plan.to_dict() | {"ridge": 0.0}

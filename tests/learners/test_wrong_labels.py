@@ -83,13 +83,21 @@ def test_the_less_labels_are_trusted_the_less_is_learned_from_them(
     learned = bool(units & set(adapted.plan.gate_of()))
     rates = torch.tensor(adapted.report["plan"]["rates"])
     assert adapted.report["wrong_labels"] == wrong.to_dict() | (
-        {"left_out": left_out, "learning": learning} if veto else {"left_out": 0, "learning": 1.0}
+        {"left_out": left_out, "learning": learning, "held_back": trust < 0.9}
+        if veto
+        else {"left_out": 0, "learning": 1.0, "held_back": False}
     )
     assert "wrong to heads that had not seen their image: 7.0 %" in page
     assert f"than the 10 % that are reckoned with is {100 * trust:.0f} %" in page
     assert ("too small for anything to learn" in page) == (refused and veto)
     assert ("learning rates were multiplied" in page) == (learned and veto)
+    assert ("held back by a stronger ridge" in page) == (veto and trust < 0.9 and bool(adapted.plan.gate_of()))
     assert ("nothing was learned from 2" in page) == (learned and veto and left_out > 0)
+    with torch.no_grad():
+        planned = learner.plan(learner.situate(support)).ridge
+    expected = 4 * max(float(planned), 1.0) if veto and trust < 0.9 else float(planned)
+    assert {round(float(plan.ridge), 5) for plan in carried} <= {round(expected, 5)}
+    assert adapted.report["plan"]["ridge"] == pytest.approx(expected, rel=1e-5)
     moving = [plan for plan in carried if units & set(plan.gate_of())]
     assert bool(moving) != (refused and veto)
     assert any(torch.allclose(plan.rates, (learning if veto else 1.0) * rates) for plan in moving) == bool(moving)
