@@ -11,7 +11,7 @@ from torch import Tensor
 from modmeta.adaptation.plan import Plan
 
 _ROUNDING = 1e-6  # a label that has exactly chance is not doubted
-_DOUBTED_RIDGE = 4.0
+_DOUBTED_RIDGE = 4.0  # times what is planned, and four times the unadapted head's at least
 
 
 @dataclass(frozen=True, eq=False)
