@@ -35,7 +35,7 @@ class LabelTrust:
     @property
     def doubted(self) -> bool:
         """Whether the labels are trusted together less than one is before anything is seen of it."""
-        return self.trust < 1 - self.reckoned
+        return _doubted(self.trust, self.reckoned)
 
     def temper(self, plan: Plan) -> Plan:
         """Return a plan whose head is held back where the labels are doubted.
@@ -67,10 +67,14 @@ def label_trust(doubt: Tensor, reckoned: float) -> LabelTrust:
     trust = _trust(doubt, reckoned)
     believed = torch.ones_like(doubt, dtype=torch.bool)
     learning = trust
-    if trust < 1 - reckoned:
+    if _doubted(trust, reckoned):
         believed = doubt <= reckoned + _ROUNDING
         learning = _trust(doubt[believed], reckoned) if believed.any() else 0.0
     return LabelTrust(float(doubt.mean()), reckoned, trust, believed, learning if learning >= 0.5 else 0.0)
+
+
+def _doubted(trust: float, reckoned: float) -> bool:
+    return trust < 1 - reckoned
 
 
 def _trust(doubt: Tensor, reckoned: float) -> float:

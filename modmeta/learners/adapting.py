@@ -78,17 +78,18 @@ class PolicyAdaptation(MetaLearner):
         """
         situation = self.situate(support)
         wrong = self.wrong_labels(situation.features, support)
-        believed, learning = (wrong.believed, wrong.learning) if wrong and self.veto else (None, 1.0)
+        heeded = wrong if self.veto else None
+        believed, learning = (heeded.believed, heeded.learning) if heeded else (None, 1.0)
         held_out = HeldOut(self, support, situation.features)
         plan, tried = self.tune(situation, support, believed, held_out)
-        held_back = wrong is not None and wrong.doubted and self.veto
-        if wrong and held_back:
-            plan = wrong.temper(plan)
+        if heeded:
+            plan = heeded.temper(plan)
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, held_out, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support, believed=believed)
         left_out = 0 if believed is None else int((~believed).sum())
+        held_back = heeded is not None and heeded.doubted
         report = {
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),

@@ -90,7 +90,8 @@ class ModularMetaLearner(PolicyAdaptation):
             are better: they have little to gain, and a few images' own chance to lose by. 0 never does.
         veto: whether the veto may keep the prior; without it every plan is carried out. Where the sources know all
             classes and the head reckons with wrong labels (``label_noise``), it also keeps those that look wrong from
-            being learned from, and multiplies all learning rates by the chance that of the others no more are wrong.
+            being learned from, multiplies all learning rates by the chance that of the others no more are wrong, and
+            holds back the head on adapted features.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
         veto_trials: training episodes at the end of a fit on which all candidates are carried out, each episode's
