@@ -12,6 +12,7 @@ episodes that end more than a point below it. Seed 1, so that no episode of the 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -26,9 +27,11 @@ from modmeta.evaluation.compare.runner import with_wrong_labels
 from modmeta.evaluation.compare.statistics import episode_weights, interval
 from modmeta.learners import MetaLearner, load_learner
 from modmeta.learners.measuring import episode_ids, episode_support
+from modmeta.learners.metrics import harmed
 
 SHARE, SEED = 0.2, 1
 FACTORS = (1.0, 2.0, 4.0)
+PLANNED = "the policy's"
 
 
 @torch.no_grad()
@@ -73,24 +76,20 @@ def measure(learner: MetaLearner, episode: Episode, support: Support, gains: dic
     prior = learner.fit_head(learner.prior_features(support.images), support)
     _, ids = episode_ids(episode)
     before = accuracy(prior(learner.prior_features(episode.query, ids)), episode)
-    factors: list[float] = []
-
-    def own(trust: LabelTrust, plan: Plan) -> Plan:
-        factors.append(float(plan.ridge))
-        return plan
-
-    ways = {"the policy's": own}
+    ways: dict[str, Callable[[LabelTrust, Plan], Plan]] = {PLANNED: lambda trust, plan: plan}
     for factor in FACTORS:
         ways[f"{factor:g}"] = lambda trust, plan, by=factor: replace(plan, ridge=by * plan.ridge.clamp_min(1.0))
     for name, way in ways.items():
         with patch.object(LabelTrust, "temper", way):
-            logits = learner.logits(learner.adapt(support), episode.query, ids)
-        gains.setdefault(name, []).append(accuracy(logits, episode) - before)
-    return factors[0]
+            adapted = learner.adapt(support)
+        gains.setdefault(name, []).append(accuracy(learner.logits(adapted, episode.query, ids), episode) - before)
+        if name == PLANNED:
+            planned = adapted.report["plan"]["ridge"]
+    return planned
 
 
 def accuracy(logits: torch.Tensor, episode: Episode) -> float:
-    return 100 * float((logits.argmax(-1) == episode.query_labels).double().mean())
+    return float((logits.argmax(-1) == episode.query_labels).double().mean())
 
 
 def report(domain: str, shots: int, episodes: int, planned: list[float], gains: dict[str, list[float]]) -> None:
@@ -99,7 +98,7 @@ def report(domain: str, shots: int, episodes: int, planned: list[float], gains: 
         _, low, high = interval(episode_weights(len(values), np.random.default_rng(0)) @ values)
         print(
             f"| {domain} | {shots} | {len(found)} of {episodes} | {np.mean(planned):.2f} | {name} | "
-            f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}] | {int((values < -1).sum())} |",
+            f"{100 * values.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | {harmed(values, np.zeros_like(values)).sum()} |",
             flush=True,
         )
 
