@@ -95,10 +95,11 @@ def accuracy(logits: torch.Tensor, episode: Episode) -> float:
 def report(domain: str, shots: int, episodes: int, planned: list[float], gains: dict[str, list[float]]) -> None:
     for name, found in gains.items():
         values = np.asarray(found)
+        lost = harmed(values, np.zeros_like(values)).sum()
         _, low, high = interval(episode_weights(len(values), np.random.default_rng(0)) @ values)
         print(
             f"| {domain} | {shots} | {len(found)} of {episodes} | {np.mean(planned):.2f} | {name} | "
-            f"{100 * values.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | {harmed(values, np.zeros_like(values)).sum()} |",
+            f"{100 * values.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | {lost} |",
             flush=True,
         )
 
