@@ -77,6 +77,8 @@ def make_card(
         "statistics_depths": report.get("statistics_depths", {}),
         "statistics_strengths": report.get("statistics_strengths", {}),
         "explained": report.get("explained", False),
+        "unadapted_loss": report.get("unadapted_loss"),
+        "unadapted_share": report.get("unadapted_share"),
         "wrong_labels": report.get("wrong_labels", {}),
         "verdict": report.get("verdict"),
         "support_losses": report.get("support_losses", []),
@@ -327,12 +329,15 @@ def _decision(adapted: Adapted, units: int) -> str:
     if verdict is not None and verdict["choice"] == PRIOR:
         return "Nothing was adapted but the head: the evidence did not speak for the plan."
     chosen = f" (candidate {verdict['choice']!r})" if verdict else ""
-    shared = (
-        ""
-        if adapted.prior is None
-        else (" The unadapted model has a share in every answer, which costs it a second forward pass.")
-    )
-    return f"{count} of {units} units were adapted{chosen}.{shared}"
+    return f"{count} of {units} units were adapted{chosen}.{_shared(adapted)}"
+
+
+def _shared(adapted: Adapted) -> str:
+    if adapted.prior is None:
+        return ""
+    share = adapted.report.get("unadapted_share")
+    much = "" if share is None else f" of {100 * share:.0f} %"
+    return f" The unadapted model has a share{much} in every answer, which costs it a second forward pass."
 
 
 def _images_per_class(support: Support) -> dict[str, int]:

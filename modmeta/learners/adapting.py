@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modmeta.adaptation import (
     PRIOR,
@@ -62,6 +61,8 @@ class PolicyAdaptation(MetaLearner):
     statistics_strengths: list[float]
     statistics_prior: float
     explained_loss: float
+    near_loss: float
+    near_share: float
     veto: bool
     veto_folds: int
     veto_caution: float
@@ -88,6 +89,9 @@ class PolicyAdaptation(MetaLearner):
         verdict = self._judge(plans, plan, held_out, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support, believed=believed)
+        unadapted = held_out.unadapted_loss(believed)
+        near = unadapted is not None and unadapted < self.near_loss
+        share = self.near_share if near else self.prior_share
         left_out = 0 if believed is None else int((~believed).sum())
         held_back = heeded is not None and heeded.doubted
         report = {
@@ -99,6 +103,8 @@ class PolicyAdaptation(MetaLearner):
             else {},
             "verdict": verdict.to_dict(),
             "support_losses": losses,
+            "unadapted_loss": unadapted,
+            "unadapted_share": share if chosen.gate_of() else 1.0,
             "expected_gain": float(plan.gain),
             "expected_gain_deviation": float((0.5 * plan.gain_log_variance).exp()),
         }
@@ -106,9 +112,11 @@ class PolicyAdaptation(MetaLearner):
             # The prior is the head as it is; the policy's strength of the ridge is part of its plan.
             classifier = self.fit_head(situation.features, support)
             return Adapted(state, chosen, classifier, support.classes, report)
-        return replace(self.conclude(chosen, state, support, situation.features), report=report)
+        return replace(self.conclude(chosen, state, support, situation.features, share), report=report)
 
-    def conclude(self, plan: Plan, state: State, support: Support, prior: Tensor) -> Adapted:
+    def conclude(
+        self, plan: Plan, state: State, support: Support, prior: Tensor, share: float | None = None
+    ) -> Adapted:
         """Fit the head to what came of a plan, and give the unadapted model its share in the answer.
 
         Averaged logits are the geometric mean of two predictions: what only one of them gets wrong, the other often
@@ -120,14 +128,16 @@ class PolicyAdaptation(MetaLearner):
             state: what came of it.
             support: the images.
             prior: their unadapted features ``(S, D)``.
+            share: the unadapted model's; None is ``prior_share``.
         """
+        share = self.prior_share if share is None else share
         features = self._features(support.images, state, plan, prior)
         adapted = Adapted(state, plan, self.fit_head(features, support, ridge=plan.ridge), support.classes)
-        if not self.prior_share or not plan.gate_of():
+        if not share or not plan.gate_of():
             return adapted
         assert isinstance(adapted.classifier, Classifier)
-        beside = self.fit_head(prior, support).weighted(self.prior_share)
-        return replace(adapted, classifier=adapted.classifier.weighted(1 - self.prior_share), prior=beside)
+        beside = self.fit_head(prior, support).weighted(share)
+        return replace(adapted, classifier=adapted.classifier.weighted(1 - share), prior=beside)
 
     def situate(self, support: Support, budget: float | None = None) -> Situation:
         """Collect what the indicators need to know of a support set, and nothing that none of them asks for.
@@ -289,17 +299,16 @@ class PolicyAdaptation(MetaLearner):
         plan, labels = self.plan(situation).detach(), support.labels
         first, *others = self.statistics_depths
         nothing_to_try = not others and not self.statistics_strengths
-        if nothing_to_try or labels is None or not stratified_folds(labels, 2, self.knows_classes(support)):
-            return plan, {"statistics_depths": {}, "statistics_strengths": {}, "explained": False}
-
         predict = held_out or HeldOut(self, support, situation.features)
+        loss = None if nothing_to_try else predict.unadapted_loss(believed)
+        if labels is None or loss is None:
+            return plan, {"statistics_depths": {}, "statistics_strengths": {}, "explained": False}
 
         def losses(candidate: Plan | None) -> Tensor:
             return self.head.support_loss(predict(candidate), labels)
 
         plans = {first: plan} | {depth: self.plan(situation, depth=depth).detach() for depth in others}
-        unadapted = F.cross_entropy(predict(None), labels, reduction="none")
-        explained = float(unadapted[... if believed is None else believed].mean()) < self.explained_loss
+        explained = loss < self.explained_loss
         stands = 0.0 if explained else 1.0
         plan, depths, strengths = tune_statistics(plans, self._reading(), self.statistics_strengths, losses, stands)
         return plan, {"statistics_depths": depths, "statistics_strengths": strengths, "explained": explained}

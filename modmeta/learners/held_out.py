@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from modmeta.adaptation import Plan, Support
+from modmeta.adaptation import Plan, Support, stratified_folds
 
 if TYPE_CHECKING:
     from modmeta.learners.adapting import PolicyAdaptation
@@ -37,6 +38,21 @@ class HeldOut:
         if key not in self._known:
             self._known[key] = self._predict(plan)
         return self._known[key]
+
+    def unadapted_loss(self, believed: Tensor | None = None) -> float | None:
+        """Return the unadapted model's mean loss, in nats.
+
+        None where it cannot be known: without labels, or with classes that cannot do without one of their images.
+
+        Args:
+            believed: the images whose labels count ``(S,)``, bool; all do where none is believed, or None given.
+        """
+        labels = self.support.labels
+        if labels is None or not stratified_folds(labels, 2, self._learner.knows_classes(self.support)):
+            return None
+        losses = F.cross_entropy(self(None), labels, reduction="none")
+        some = believed is not None and bool(believed.any())
+        return float(losses[believed if some else ...].mean())
 
     @torch.no_grad()
     def _predict(self, plan: Plan | None) -> Tensor:

@@ -88,6 +88,9 @@ class ModularMetaLearner(PolicyAdaptation):
         explained_loss: mean loss of the unadapted model on held-out support images, in nats, below which a support
             counts as explained already. Where statistics are tried at all, it is then none that stand unless others
             are better: they have little to gain, and a few images' own chance to lose by. 0 never does.
+        near_loss: that loss below which a domain counts as near: there is little to gain, and so much the less is put
+            at risk. 0 never does. Meta-training and the veto, which judge plans, know of no near domains.
+        near_share: what stands in place of ``prior_share`` in a near domain.
         veto: whether the veto may keep the prior; without it every plan is carried out. Where the sources know all
             classes and the head reckons with wrong labels (``label_noise``), it also keeps those that look wrong from
             being learned from, multiplies all learning rates by the chance that of the others no more are wrong, and
@@ -137,6 +140,8 @@ class ModularMetaLearner(PolicyAdaptation):
         statistics_strengths: Sequence[float] = (),
         statistics_prior: float = 0.0,
         explained_loss: float = 0.0,
+        near_loss: float = 0.0,
+        near_share: float = 1.0,
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
@@ -149,9 +154,10 @@ class ModularMetaLearner(PolicyAdaptation):
     ) -> None:
         if not units:
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
-        refuse_outside({"budget": budget, "prior_share": prior_share, "unlabelled_share": unlabelled_share}, 0, 1)
+        shares = {"prior_share": prior_share, "near_share": near_share, "unlabelled_share": unlabelled_share}
+        refuse_outside({"budget": budget} | shares, 0, 1)
         prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
-        thresholds = {"full_step_drop": full_step_drop, "explained_loss": explained_loss}
+        thresholds = {"full_step_drop": full_step_drop, "explained_loss": explained_loss, "near_loss": near_loss}
         refuse_outside(prices | thresholds | {"statistics_prior": statistics_prior}, 0)
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
@@ -177,6 +183,8 @@ class ModularMetaLearner(PolicyAdaptation):
         self.statistics_strengths = list(statistics_strengths)
         self.statistics_prior = statistics_prior
         self.explained_loss = explained_loss
+        self.near_loss = near_loss
+        self.near_share = near_share
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution

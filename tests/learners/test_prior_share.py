@@ -9,13 +9,15 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from modmeta.adaptation import PRIOR, Adapted, Support
+from modmeta.adaptation import PRIOR, Adapted, LabelTrust, Support
 from modmeta.adapters.adapter_file import read_adapter, write_adapter
 from modmeta.data import DomainDataModule, Episode
 from modmeta.errors import ModmetaError
 from modmeta.evaluation.card import make_card
 from modmeta.learners import ModularMetaLearner
+from modmeta.learners.held_out import HeldOut
 from modmeta.learners.measuring import episode_support
 from modmeta.serving import AdapterHost
 from modmeta.serving.export import export_adapter
@@ -88,7 +90,53 @@ def test_where_nothing_is_adapted_there_is_nothing_to_share(
     with torch.no_grad():
         kept = learner.adapt(episode_support(episode, hide=False))
     assert kept.report["verdict"]["choice"] == PRIOR
-    assert kept.prior is None
+    assert (kept.prior, kept.report["unadapted_share"]) == (None, 1.0)
+
+
+@pytest.mark.parametrize(("reach", "share"), [(0.99, SHARE), (1.01, 0.8)])
+def test_in_a_near_domain_more_of_the_answer_is_the_unadapted_models(
+    learner: ModularMetaLearner, episode: Episode, monkeypatch: pytest.MonkeyPatch, reach: float, share: float
+) -> None:
+    support = episode_support(episode, hide=False)
+    with torch.no_grad():
+        held_out = learner.held_out_logits(learner.model.backbone(support.images), support)
+        loss = float(cross_entropy(held_out, support.labels))
+        trial = learner.trial(episode)
+        monkeypatch.setattr(learner, "near_loss", reach * loss)
+        monkeypatch.setattr(learner, "near_share", 0.8)
+        adapted = learner.adapt(support)
+        after, before = parts(learner, adapted, support, episode.query)
+        found = learner.logits(adapted, episode.query)
+        assert learner.trial(episode) == trial
+    torch.testing.assert_close(found, (1 - share) * after + share * before, rtol=1e-4, atol=1e-5)
+    assert adapted.report["unadapted_loss"] == pytest.approx(loss, rel=1e-5)
+    assert adapted.report["unadapted_share"] == share
+    assert f"a share of {100 * share:.0f} %" in make_card(learner, support, adapted, 1.0)["decision"]
+
+
+def test_images_that_look_wrong_do_not_say_whether_a_domain_is_near(
+    learner: ModularMetaLearner, episode: Episode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support = episode_support(episode, hide=False)
+    held_out = HeldOut(learner, support, learner.model.backbone(support.images).detach())
+    losses = cross_entropy(held_out(None), support.labels, reduction="none")
+    believed = losses < losses.median()
+    assert held_out.unadapted_loss(believed) == pytest.approx(float(losses[believed].mean()))
+    assert held_out.unadapted_loss(torch.zeros_like(believed)) == pytest.approx(float(losses.mean()))
+    monkeypatch.setattr(learner, "veto", True)
+    monkeypatch.setattr(learner, "wrong_labels", lambda *_: LabelTrust(0.5, 0.1, 0.0, believed, 1.0))
+    with torch.no_grad():
+        assert learner.adapt(support).report["unadapted_loss"] == pytest.approx(float(losses[believed].mean()))
+
+
+def test_where_nothing_is_known_of_the_gain_the_share_stands(
+    learner: ModularMetaLearner, episode: Episode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner, "near_loss", 1e9)
+    with torch.no_grad():
+        adapted = learner.adapt(replace(episode_support(episode, hide=False), labels=None))
+    assert adapted.prior is not None
+    assert (adapted.report["unadapted_loss"], adapted.report["unadapted_share"]) == (None, SHARE)
 
 
 def test_the_share_takes_part_in_training(learner: ModularMetaLearner, data: DomainDataModule) -> None:
@@ -148,7 +196,8 @@ def test_graphs_hold_both_networks_and_a_state_dict_cannot(
         export_adapter(learner.model, content, tmp_path / "m.safetensors", "state_dict", live)
 
 
+@pytest.mark.parametrize("option", ["prior_share", "near_share"])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_shares_that_make_no_sense_are_refused(share: float) -> None:
-    with pytest.raises(ModmetaError, match=r"prior_share must lie in 0\.\.1"):
-        tiny.modular(prior_share=share)
+def test_shares_that_make_no_sense_are_refused(option: str, share: float) -> None:
+    with pytest.raises(ModmetaError, match=rf"{option} must lie in 0\.\.1"):
+        tiny.modular(**{option: share})
