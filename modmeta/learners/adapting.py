@@ -33,7 +33,6 @@ from modmeta.adaptation import (
     read_statistics,
     reading_units,
     running_statistics,
-    stratified_folds,
     support_gradients,
     tempered_losses,
     tune_statistics,
