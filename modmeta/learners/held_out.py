@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class HeldOut:
-    """Predicts a support's images under plans that no label moves, and each plan only once.
+    """Predicts a support's images under plans that no label moves, and reads their statistics only once.
 
-    Tuning asks for a plan with its statistics at many depths and strengths, the veto again for the one that was taken.
+    Tuning asks for a plan with its statistics at many depths and strengths, the veto again for the one that was taken,
+    perhaps with another ridge.
 
     Args:
         learner: whose plans they are.
@@ -31,13 +32,15 @@ class HeldOut:
         self.features = features
         self._known: dict[tuple[float, ...], Tensor] = {}
 
+    @torch.no_grad()
     def __call__(self, plan: Plan | None) -> Tensor:
         """Return logits ``(S, C)``; those of the unadapted model for None."""
-        read = () if plan is None else (plan.gates, plan.bank, plan.ridge)
-        key = tuple(number for tensor in read for number in tensor.flatten().tolist())
-        if key not in self._known:
-            self._known[key] = self._predict(plan)
-        return self._known[key]
+        learner, support = self._learner, self.support
+        before = learner.held_out_logits(self.features, support)
+        if plan is None:
+            return before
+        after = learner.held_out_logits(self._read(plan), support, plan.ridge)
+        return torch.lerp(after, before, learner.prior_share)
 
     def unadapted_loss(self, believed: Tensor | None = None) -> float | None:
         """Return the unadapted model's mean loss, in nats.
@@ -54,11 +57,11 @@ class HeldOut:
         some = believed is not None and bool(believed.any())
         return float(losses[believed if some else ...].mean())
 
-    @torch.no_grad()
-    def _predict(self, plan: Plan | None) -> Tensor:
-        learner, support = self._learner, self.support
-        if plan is None:
-            return learner.held_out_logits(self.features, support)
-        # What is read at a layer takes effect at once, so the pass that reads ends with the features.
-        x, _ = learner.model.observe(support.images, learner.initial_state(plan, support), plan.gate_of())
-        return torch.lerp(learner.held_out_logits(x, support, plan.ridge), self(None), learner.prior_share)
+    def _read(self, plan: Plan) -> Tensor:
+        """Return the features ``(S, D)`` under a plan's statistics."""
+        key = tuple(number for tensor in (plan.gates, plan.bank) for number in tensor.flatten().tolist())
+        if key not in self._known:
+            # What is read at a layer takes effect at once, so the pass that reads ends with the features.
+            initial = self._learner.initial_state(plan, self.support)
+            self._known[key], _ = self._learner.model.observe(self.support.images, initial, plan.gate_of())
+        return self._known[key]
