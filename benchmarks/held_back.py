@@ -12,7 +12,7 @@ episodes that end more than a point below it. Seed 1, so that no episode of the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -36,14 +36,7 @@ PLANNED = "the policy's"
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True)
-    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="DOMAIN=CKPT")
-    parser.add_argument("--episodes", type=int, default=20, help="per domain and number of shots")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1])
-    parser.add_argument("--queries", type=int, default=40, help="query images per class")
-    parser.add_argument("--cache_dir")
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     quiet()
     print("| domain | shots | doubted | policy's factor | ridge | gain, points | harmed |")
     print("|---|---|---|---|---|---|---|")
@@ -51,24 +44,45 @@ def main() -> None:
         domain, _, path = each.partition("=")
         learner = load_learner(path)
         for shots in options.shots:
-            data = DomainDataModule(
-                options.root, test_domains=[domain], image_size=learner.model.backbone.image_size, seed=SEED,
-                eval_shots=[shots], eval_queries=options.queries, test_episodes=options.episodes,
-                cache_dir=options.cache_dir,
-            )  # fmt: skip
-            data.setup("test")
-            learner.keep_features(data.store, options.cache_dir)
             planned: list[float] = []
             gains: dict[str, list[float]] = {}
-            for index in range(options.episodes):
-                episode = data.episode("test", index)
-                right = episode_support(episode, hide=False)
-                support = with_wrong_labels(right, SHARE, rng(SEED, "flipped labels", domain, index, shots))
+            for episode, support in episodes(learner, domain, shots, options, SHARE):
                 trust = learner.wrong_labels(learner.prior_features(support.images), support)
                 if trust is None or not trust.doubted:
                     continue
                 planned.append(measure(learner, episode, support, gains))
-            report(domain, shots, options.episodes, planned, gains)
+            for name, found in gains.items():
+                doubted = f"{len(found)} of {options.episodes}"
+                row = (domain, shots, doubted, f"{np.mean(planned):.2f}", name, *gain_and_harm(found))
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="DOMAIN=CKPT")
+    parser.add_argument("--episodes", type=int, default=20, help="per domain and number of shots")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1])
+    parser.add_argument("--queries", type=int, default=40, help="query images per class")
+    parser.add_argument("--cache_dir")
+    return parser
+
+
+def episodes(
+    learner: MetaLearner, domain: str, shots: int, options: argparse.Namespace, wrong: float
+) -> Iterator[tuple[Episode, Support]]:
+    """Yield episodes of a domain, each with its support, of whose labels a share is wrong."""
+    data = DomainDataModule(
+        options.root, test_domains=[domain], image_size=learner.model.backbone.image_size, seed=SEED,
+        eval_shots=[shots], eval_queries=options.queries, test_episodes=options.episodes, cache_dir=options.cache_dir,
+    )  # fmt: skip
+    data.setup("test")
+    learner.keep_features(data.store, options.cache_dir)
+    for index in range(options.episodes):
+        episode = data.episode("test", index)
+        right = episode_support(episode, hide=False)
+        random = rng(SEED, "flipped labels", domain, index, shots)
+        yield episode, with_wrong_labels(right, wrong, random) if wrong else right
 
 
 def measure(learner: MetaLearner, episode: Episode, support: Support, gains: dict[str, list[float]]) -> float:
@@ -92,16 +106,11 @@ def accuracy(logits: torch.Tensor, episode: Episode) -> float:
     return float((logits.argmax(-1) == episode.query_labels).double().mean())
 
 
-def report(domain: str, shots: int, episodes: int, planned: list[float], gains: dict[str, list[float]]) -> None:
-    for name, found in gains.items():
-        values = np.asarray(found)
-        lost = harmed(values, np.zeros_like(values)).sum()
-        _, low, high = interval(episode_weights(len(values), np.random.default_rng(0)) @ values)
-        print(
-            f"| {domain} | {shots} | {len(found)} of {episodes} | {np.mean(planned):.2f} | {name} | "
-            f"{100 * values.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | {lost} |",
-            flush=True,
-        )
+def gain_and_harm(gains: list[float]) -> tuple[str, int]:
+    """Return the mean gain in points with its interval, and how many episodes are harmed."""
+    values = 100 * np.asarray(gains)
+    _, low, high = interval(episode_weights(len(values), np.random.default_rng(0)) @ values)
+    return f"{values.mean():+.2f} [{low:+.2f}, {high:+.2f}]", int(harmed(values / 100, np.zeros_like(values)).sum())
 
 
 if __name__ == "__main__":
