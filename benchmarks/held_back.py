@@ -90,11 +90,11 @@ def measure(learner: MetaLearner, episode: Episode, support: Support, gains: dic
     prior = learner.fit_head(learner.prior_features(support.images), support)
     _, ids = episode_ids(episode)
     before = accuracy(prior(learner.prior_features(episode.query, ids)), episode)
-    ways: dict[str, Callable[[LabelTrust, Plan], Plan]] = {PLANNED: lambda trust, plan: plan}
+    ways: dict[str, Callable[[Plan], Plan]] = {PLANNED: lambda plan: plan}
     for factor in FACTORS:
-        ways[f"{factor:g}"] = lambda trust, plan, by=factor: replace(plan, ridge=by * plan.ridge.clamp_min(1.0))
+        ways[f"{factor:g}"] = lambda plan, by=factor: replace(plan, ridge=by * plan.ridge.clamp_min(1.0))
     for name, way in ways.items():
-        with patch.object(LabelTrust, "temper", way):
+        with patch.object(LabelTrust, "temper", staticmethod(way)):
             adapted = learner.adapt(support)
         gains.setdefault(name, []).append(accuracy(learner.logits(adapted, episode.query, ids), episode) - before)
         if name == PLANNED:

@@ -11,7 +11,7 @@ from torch import Tensor
 from modmeta.adaptation.plan import Plan
 
 _ROUNDING = 1e-6  # a label that has exactly chance is not doubted
-_DOUBTED_RIDGE = 4.0  # times what is planned, and four times the unadapted head's at least
+_HELD_BACK_RIDGE = 4.0  # times what is planned, and four times the unadapted head's at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +37,28 @@ class LabelTrust:
         """Whether the labels are trusted together less than one is before anything is seen of it."""
         return _doubted(self.trust, self.reckoned)
 
-    def temper(self, plan: Plan) -> Plan:
-        """Return a plan whose head is held back where the labels are doubted.
+    def holds_back(self, labels: Tensor, ways: int) -> bool:
+        """Return whether the head on adapted features is to be held back.
+
+        It is where the labels are doubted, and where a class has no image to believe in: what is learned from the
+        others says of it only that it is none of them.
+
+        Args:
+            labels: of the support ``(S,)``.
+            ways: number of classes.
+        """
+        return self.doubted or len(labels[self.believed].unique()) < ways
+
+    @staticmethod
+    def temper(plan: Plan) -> Plan:
+        """Return a plan whose head is held back.
 
         Features that were adapted to labels hold what these say, and a head that is fitted to the same labels says it
-        again. A policy whose training saw right labels alone may have learned to trust them more than the unadapted
-        model's head does: where they are doubted, the factor on the ridge strength is four times what was planned, and
-        four at least.
+        again. A policy whose training saw right labels of all classes alone may have learned to trust them more than
+        the unadapted model's head does: the factor on the ridge strength becomes four times what was planned, and four
+        at least.
         """
-        return replace(plan, ridge=_DOUBTED_RIDGE * plan.ridge.clamp_min(1.0)) if self.doubted else plan
+        return replace(plan, ridge=_HELD_BACK_RIDGE * plan.ridge.clamp_min(1.0))
 
     def to_dict(self) -> dict[str, float]:
         """Return what is plain data."""

@@ -275,6 +275,12 @@ def _statistics_sentence(depths: dict[str, float], strengths: dict[str, float], 
     )
 
 
+_HELD_BACK = (
+    " The head on adapted features was held back by a stronger ridge, as the labels are doubted or a class has no "
+    "image whose label is believed."
+)
+
+
 def _labels_sentence(wrong: dict[str, float], learned: bool, adapted: bool) -> str:
     consequence = ""
     if not wrong["learning"]:
@@ -289,8 +295,7 @@ def _labels_sentence(wrong: dict[str, float], learned: bool, adapted: bool) -> s
     return (
         f"Labels that look wrong to heads that had not seen their image: {100 * wrong['expected']:.1f} %. The chance "
         f"that no more are wrong than the {100 * wrong['reckoned']:g} % that are reckoned with is "
-        f"{100 * wrong['trust']:.0f} %{consequence}."
-        + (" The head on adapted features was held back by a stronger ridge." if wrong["held_back"] and adapted else "")
+        f"{100 * wrong['trust']:.0f} %{consequence}." + (_HELD_BACK if wrong["held_back"] and adapted else "")
     )
 
 

@@ -74,7 +74,8 @@ class PolicyAdaptation(MetaLearner):
         """Describe the domain, plan, consult the veto, and carry out what remains.
 
         The less the labels can be trusted, the less is learned from them, and not from those that look wrong, and the
-        head is held back; the veto is not offered to learn at all from what is rather not to be trusted.
+        head is held back, as it is where a class lacks images; the veto is not offered to learn at all from what is
+        rather not to be trusted.
         """
         situation = self.situate(support)
         wrong = self.wrong_labels(situation.features, support)
@@ -82,17 +83,16 @@ class PolicyAdaptation(MetaLearner):
         believed, learning = (heeded.believed, heeded.learning) if heeded else (None, 1.0)
         held_out = HeldOut(self, support, situation.features)
         plan, tried = self.tune(situation, support, believed, held_out)
-        if heeded:
-            plan = heeded.temper(plan)
+        held_back = False
+        if heeded and support.labels is not None and heeded.holds_back(support.labels, support.ways):
+            plan, held_back = heeded.temper(plan), True
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, held_out, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support, believed=believed)
         unadapted = held_out.unadapted_loss(believed)
-        near = unadapted is not None and unadapted < self.near_loss
-        share = self.near_share if near else self.prior_share
+        share = self.near_share if self.is_near(unadapted) else self.prior_share
         left_out = 0 if believed is None else int((~believed).sum())
-        held_back = heeded is not None and heeded.doubted
         report = {
             "labelled": support.labels is not None,
             "plan": plan.to_dict(),
@@ -112,6 +112,10 @@ class PolicyAdaptation(MetaLearner):
             classifier = self.fit_head(situation.features, support)
             return Adapted(state, chosen, classifier, support.classes, report)
         return replace(self.conclude(chosen, state, support, situation.features, share), report=report)
+
+    def is_near(self, loss: float | None) -> bool:
+        """Return whether a domain is near, by the unadapted model's loss on held-out support images."""
+        return loss is not None and loss < self.near_loss
 
     def conclude(
         self, plan: Plan, state: State, support: Support, prior: Tensor, share: float | None = None
@@ -292,7 +296,8 @@ class PolicyAdaptation(MetaLearner):
         Args:
             situation: what is known of the domain.
             support: the images; without labels, or with classes that cannot do without one of theirs, nothing is tried.
-            believed: those whose labels say whether the support is explained already ``(S,)``, bool; None is all.
+            believed: those whose labels say whether the support is explained already, and in a near domain also how
+                deep and strong statistics are to be ``(S,)``, bool; None is all.
             held_out: what predicts the support, where others ask it, too.
         """
         plan, labels = self.plan(situation).detach(), support.labels
@@ -303,8 +308,11 @@ class PolicyAdaptation(MetaLearner):
         if labels is None or loss is None:
             return plan, {"statistics_depths": {}, "statistics_strengths": {}, "explained": False}
 
+        # Where the unadapted model knows its way, it knows which labels are wrong, too.
+        judges = believed if believed is not None and believed.any() and self.is_near(loss) else ...
+
         def losses(candidate: Plan | None) -> Tensor:
-            return self.head.support_loss(predict(candidate), labels)
+            return self.head.support_loss(predict(candidate), labels)[judges]
 
         plans = {first: plan} | {depth: self.plan(situation, depth=depth).detach() for depth in others}
         explained = loss < self.explained_loss

@@ -89,12 +89,13 @@ class ModularMetaLearner(PolicyAdaptation):
             counts as explained already. Where statistics are tried at all, it is then none that stand unless others
             are better: they have little to gain, and a few images' own chance to lose by. 0 never does.
         near_loss: that loss below which a domain counts as near: there is little to gain, and so much the less is put
-            at risk. 0 never does. Meta-training and the veto, which judge plans, know of no near domains.
+            at risk. Where the unadapted model knows its way it knows which labels are wrong, too, so images whose label
+            looks wrong do not judge statistics. 0 never does. Meta-training and the veto know of no near domains.
         near_share: what stands in place of ``prior_share`` in a near domain.
         veto: whether the veto may keep the prior; without it every plan is carried out. Where the sources know all
             classes and the head reckons with wrong labels (``label_noise``), it also keeps those that look wrong from
             being learned from, multiplies all learning rates by the chance that of the others no more are wrong, and
-            holds back the head on adapted features.
+            holds back the head on adapted features, which it also does where a class has no image to believe in.
         veto_folds: folds of its cross-fitting; with 0, plans that labels move are not measured on the support.
         veto_caution: standard errors that a gain must exceed, while there is no track record.
         veto_trials: training episodes at the end of a fit on which all candidates are carried out, each episode's

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modmeta.adaptation import Plan, label_trust
+from modmeta.adaptation import LabelTrust, Plan, label_trust
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 1))
@@ -64,18 +65,25 @@ def test_labels_that_are_rather_not_to_be_trusted_teach_nothing() -> None:
 
 
 @pytest.mark.parametrize(("planned", "held_back"), [(0.4, 4.0), (1.0, 4.0), (1.5, 6.0)])
-def test_the_head_is_held_back_where_labels_are_doubted_and_nothing_else_changes(
+def test_a_head_that_is_held_back_has_four_times_the_ridge_and_nothing_else_changes(
     planned: float, held_back: float
 ) -> None:
     plan = Plan(
         ("film",), *(torch.rand(size) for size in [(1,), (1, 3), (1,), (1, 1)]), torch.tensor(planned),
         torch.tensor(0.2), torch.tensor(-3.0),
     )  # fmt: skip
-    trusted = label_trust(torch.tensor([0.095, 0.0, 0.0]), 0.1)
-    assert not trusted.doubted
-    assert trusted.temper(plan) is plan
-    doubted = label_trust(torch.tensor([0.11, 0.0, 0.0]), 0.1)
-    assert doubted.doubted
-    found = doubted.temper(plan)
+    found = LabelTrust.temper(plan)
     assert float(found.ridge) == pytest.approx(held_back)
     assert found.to_dict() | {"ridge": 0.0} == plan.to_dict() | {"ridge": 0.0}
+
+
+def test_the_head_is_held_back_where_labels_are_doubted_or_a_class_has_no_image_to_believe_in() -> None:
+    labels = torch.tensor([0, 1, 1])
+    trusted, doubted = (label_trust(torch.tensor([first, 0.0, 0.0]), 0.1) for first in (0.095, 0.11))
+    assert (trusted.doubted, doubted.doubted) == (False, True)
+    assert not trusted.holds_back(labels, 2)
+    assert trusted.holds_back(labels, 3)
+    assert doubted.holds_back(labels, 2)
+    unbelieved = replace(trusted, believed=torch.tensor([False, True, True]))
+    assert unbelieved.holds_back(labels, 2)
+    assert not replace(trusted, believed=torch.tensor([True, False, True])).holds_back(labels, 2)

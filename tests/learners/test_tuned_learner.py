@@ -95,6 +95,28 @@ def test_images_that_look_wrong_do_not_say_whether_a_support_is_explained(
     assert "explained without any" in render_markdown("a", make_card(learner, support, adapted, 1.0))
 
 
+@pytest.mark.parametrize("near", [True, False])
+def test_in_a_near_domain_images_that_look_wrong_judge_no_statistics(data: DomainDataModule, near: bool) -> None:
+    learner = made(data, STRENGTHS)
+    support = episode_support(data.episode("test", 1), hide=False)
+    reading = [unit.name for unit in learner.model.units if unit.reads]
+    with torch.no_grad():
+        situation = learner.situate(support)
+        held_out = HeldOut(learner, support, situation.features)
+        unadapted = cross_entropy(held_out(None), support.labels, reduction="none")
+        believed = unadapted < unadapted.median()
+        learner.near_loss = (1.01 if near else 0.99) * float(unadapted[believed].mean())
+        told = learner.tune(situation, support, believed, held_out)[1]["statistics_strengths"]
+        plan = learner.plan(situation).detach().keeping(reading)
+        judges = believed if near else torch.ones_like(believed)
+        for factor in STRENGTHS:
+            after = held_out(plan.strengthened(reading, factor) if factor else None)
+            gain = unadapted[judges].mean() - cross_entropy(after[judges], support.labels[judges])
+            assert told[f"{factor:g}"] == pytest.approx(float(gain), abs=1e-5)
+        learner.near_loss = 1e9
+        assert learner.tune(situation, support, torch.zeros_like(believed), held_out)[1]["statistics_strengths"]
+
+
 def test_trials_carry_out_the_strength_that_was_chosen(data: DomainDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
     learner, episode = made(data, [2.0]), data.episode("train", 3)
     reading = [unit.name for unit in learner.model.units if unit.reads]
@@ -217,5 +239,7 @@ def test_what_tuning_has_measured_the_veto_does_not_measure_again(
     assert tried == len(told["statistics_depths"]) + len(STRENGTHS) - 2  # none needs no pass, 1 had one already
     assert len(passes) == tried
     assert verdict.evidence == len(support.images)
+    held_out(replace(plan.keeping(learner._reading()), ridge=2 * plan.ridge))
+    assert len(passes) == tried
     again = HeldOut(learner, support, situation.features)(plan.keeping(learner._reading()))
     torch.testing.assert_close(held_out(plan.keeping(learner._reading())), again, rtol=0, atol=0)

@@ -112,6 +112,23 @@ def test_the_less_labels_are_trusted_the_less_is_learned_from_them(
         assert learned
 
 
+@pytest.mark.parametrize("lacking", [True, False])
+def test_where_a_class_has_no_image_the_head_is_held_back(
+    data: DomainDataModule, support: Support, monkeypatch: pytest.MonkeyPatch, lacking: bool
+) -> None:
+    learner = made(data)
+    learner.veto_caution = -1e9  # every plan is carried out
+    part = support.keeping(support.labels != 0) if lacking else support
+    wrong = LabelTrust(0.01, 0.1, 0.99, torch.ones(len(part.images), dtype=torch.bool), 0.99)
+    monkeypatch.setattr(learner, "wrong_labels", lambda features, support: wrong)
+    with torch.no_grad():
+        planned = float(learner.plan(learner.situate(part)).ridge)
+        adapted = learner.adapt(part)
+    assert adapted.report["wrong_labels"]["held_back"] is lacking
+    assert float(adapted.plan.ridge) == pytest.approx(4 * max(planned, 1.0) if lacking else planned, rel=1e-5)
+    assert ("held back by a stronger ridge" in render_markdown("a", make_card(learner, part, adapted, 1.0))) is lacking
+
+
 def test_what_is_not_believed_moves_nothing_but_statistics(data: DomainDataModule, support: Support) -> None:
     learner = made(data)
     believed = torch.ones(len(support.images), dtype=torch.bool)
