@@ -12,7 +12,7 @@ episodes that end more than a point below it. Seed 1, so that no episode of the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -106,7 +106,7 @@ def accuracy(logits: torch.Tensor, episode: Episode) -> float:
     return float((logits.argmax(-1) == episode.query_labels).double().mean())
 
 
-def gain_and_harm(gains: list[float]) -> tuple[str, int]:
+def gain_and_harm(gains: Sequence[float]) -> tuple[str, int]:
     """Return the mean gain in points with its interval, and how many episodes are harmed."""
     values = 100 * np.asarray(gains)
     _, low, high = interval(episode_weights(len(values), np.random.default_rng(0)) @ values)
