@@ -1,12 +1,15 @@
-"""One tiny run that the tests of all commands share."""
+"""One tiny run that the tests of all commands share, and the helpers of the learners' tests."""
 
 import os
+import sys
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
 from finished_run import Run
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "learners"))  # for `import tiny`
 
 from modmeta.cli import main
 from modmeta.data import DigitsDomains

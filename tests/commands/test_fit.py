@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from finished_run import Run
@@ -187,6 +188,7 @@ def test_two_processes_make_one_run(tiny_run: Run) -> None:
     words += ["--test_after_fit", "true", "--name", "ddp"]
     done = subprocess.run(
         [sys.executable, "-m", "modmeta", "fit", "--config", str(tiny_run.config), *words],
+        env=tiny.for_ranks(),
         capture_output=True,
         text=True,
         timeout=300,
