@@ -309,7 +309,7 @@ class PolicyAdaptation(MetaLearner):
             return plan, {"statistics_depths": {}, "statistics_strengths": {}, "explained": False}
 
         # Where the unadapted model knows its way, it knows which labels are wrong, too.
-        judges = believed if believed is not None and believed.any() and self.is_near(loss) else ...
+        judges = predict.counting(believed) if self.is_near(loss) else ...
 
         def losses(candidate: Plan | None) -> Tensor:
             return self.head.support_loss(predict(candidate), labels)[judges]

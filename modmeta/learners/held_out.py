@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,14 +49,22 @@ class HeldOut:
         None where it cannot be known: without labels, or with classes that cannot do without one of their images.
 
         Args:
-            believed: the images whose labels count ``(S,)``, bool; all do where none is believed, or None given.
+            believed: see :meth:`counting`.
         """
         labels = self.support.labels
         if labels is None or not stratified_folds(labels, 2, self._learner.knows_classes(self.support)):
             return None
         losses = F.cross_entropy(self(None), labels, reduction="none")
-        some = believed is not None and bool(believed.any())
-        return float(losses[believed if some else ...].mean())
+        return float(losses[self.counting(believed)].mean())
+
+    @staticmethod
+    def counting(believed: Tensor | None) -> Tensor | EllipsisType:
+        """Return the index of the images whose labels count.
+
+        Args:
+            believed: those whose labels are believed ``(S,)``, bool; all count where it is none of them, or None.
+        """
+        return believed if believed is not None and bool(believed.any()) else ...
 
     def _read(self, plan: Plan) -> Tensor:
         """Return the features ``(S, D)`` under a plan's statistics."""
