@@ -7,24 +7,28 @@ Below the threshold of the unadapted model's mean loss on held-out support image
 the table's row, elsewhere and in the first row one half: mean gain over the unadapted model in points of accuracy
 with its 95 % bootstrap interval, and the episodes that end more than a point below it. In the last row, which is what
 the learner does, images whose label looks wrong judge no statistics below the threshold, either. Supports have right
-labels and, with --wrong, that share of wrong ones. Seed 1, so that no episode of the comparisons is used up.
+labels and, with --wrong, that share of wrong ones; then two more rows have the episodes of the row above whose wrong
+labels are all left out of what is learned from, and the others. Seed 1 unless told otherwise, so that no episode of the
+comparisons is used up.
 """
 
 from __future__ import annotations
 
 import torch
-from held_back import accuracy, arguments, episodes, gain_and_harm
+from held_back import accuracy, arguments, cells, episodes, gain_and_harm
+from label_trust import judged
 
 from modmeta.adaptation import Support
 from modmeta.commands.quiet import quiet
 from modmeta.data import Episode
-from modmeta.learners import ModularMetaLearner, load_learner
-from modmeta.learners.measuring import episode_ids
+from modmeta.learners import ModularMetaLearner
+from modmeta.learners.measuring import episode_ids, episode_support
 
 ELSEWHERE = 0.5
 SHARES = [(0.0, ELSEWHERE), *((loss, share) for loss in (0.3, 0.35, 0.4) for share in (0.6, 0.65, 0.7))]
 CHOSEN = (0.35, 0.65)
 RULES = [*(f"{loss:g} | {share:g}" for loss, share in SHARES), f"{CHOSEN[0]:g} | {CHOSEN[1]:g}, statistics"]
+LEFT_OUT, LEARNED_FROM = "all wrong labels left out", "some learned from"
 
 
 @torch.no_grad()
@@ -35,15 +39,20 @@ def main() -> None:
     quiet()
     print("| domain | shots | near_loss | near_share | gain, points | harmed |")
     print("|---|---|---|---|---|---|")
-    for each in options.checkpoints:
-        domain, _, path = each.partition("=")
-        learner = load_learner(path)
-        assert isinstance(learner, ModularMetaLearner)
+    for domain, shots, learner in cells(options):
         learner.prior_share, learner.near_share = ELSEWHERE, CHOSEN[1]
-        for shots in options.shots:
-            found = [gains(learner, *one) for one in episodes(learner, domain, shots, options, options.wrong)]
-            for rule, values in zip(RULES, zip(*found, strict=True), strict=True):
-                print("| " + " | ".join(map(str, (domain, shots, rule, *gain_and_harm(values)))) + " |", flush=True)
+        found: list[list[float]] = []
+        learned_from: dict[bool, list[float]] = {False: [], True: []}
+        for episode, support in episodes(learner, domain, shots, options, options.wrong):
+            found.append(gains(learner, episode, support))
+            trust, wrong = judged(learner, support, episode_support(episode, hide=False))
+            learned_from[bool(wrong[trust.believed].any())].append(found[-1][-1])
+        table = list(zip(RULES, zip(*found, strict=True), strict=True))
+        if options.wrong:
+            for name, some in ((LEFT_OUT, False), (LEARNED_FROM, True)):
+                table += [(f"{name} | {len(own)} episodes", own)] if (own := learned_from[some]) else []
+        for rule, values in table:
+            print("| " + " | ".join(map(str, (domain, shots, rule, *gain_and_harm(values)))) + " |", flush=True)
 
 
 def gains(learner: ModularMetaLearner, episode: Episode, support: Support) -> list[float]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from modmeta.adaptation import Plan, Support, stratified_folds
 
 if TYPE_CHECKING:
-    from modmeta.learners.adapting import PolicyAdaptation
+    from modmeta.learners.planning import PolicyPlanning
 
 
 class HeldOut:
@@ -27,7 +27,7 @@ class HeldOut:
         features: their unadapted features ``(S, D)``.
     """
 
-    def __init__(self, learner: PolicyAdaptation, support: Support, features: Tensor) -> None:
+    def __init__(self, learner: PolicyPlanning, support: Support, features: Tensor) -> None:
         self._learner = learner
         self.support = support
         self.features = features
