@@ -42,15 +42,14 @@ def main() -> None:
     for domain, shots, learner in cells(options):
         learner.prior_share, learner.near_share = ELSEWHERE, CHOSEN[1]
         found: list[list[float]] = []
-        learned_from: dict[bool, list[float]] = {False: [], True: []}
+        parts: dict[str, list[float]] = {LEFT_OUT: [], LEARNED_FROM: []}
         for episode, support in episodes(learner, domain, shots, options, options.wrong):
             found.append(gains(learner, episode, support))
-            trust, wrong = judged(learner, support, episode_support(episode, hide=False))
-            learned_from[bool(wrong[trust.believed].any())].append(found[-1][-1])
+            if options.wrong:
+                trust, wrong = judged(learner, support, episode_support(episode, hide=False))
+                parts[LEARNED_FROM if wrong[trust.believed].any() else LEFT_OUT].append(found[-1][-1])
         table = list(zip(RULES, zip(*found, strict=True), strict=True))
-        if options.wrong:
-            for name, some in ((LEFT_OUT, False), (LEARNED_FROM, True)):
-                table += [(f"{name} | {len(own)} episodes", own)] if (own := learned_from[some]) else []
+        table += [(f"{name} | {len(own)} episodes", own) for name, own in parts.items() if own]
         for rule, values in table:
             print("| " + " | ".join(map(str, (domain, shots, rule, *gain_and_harm(values)))) + " |", flush=True)
 
