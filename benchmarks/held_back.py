@@ -101,9 +101,8 @@ def episodes(
 
 def measure(learner: MetaLearner, episode: Episode, support: Support, gains: dict[str, list[float]]) -> float:
     """Add an episode's gain with every ridge, and return the policy's own factor."""
-    prior = learner.fit_head(learner.prior_features(support.images), support)
     _, ids = episode_ids(episode)
-    before = accuracy(prior(learner.prior_features(episode.query, ids)), episode)
+    before = accuracy(unadapted(learner, episode, support), episode)
     ways: dict[str, Callable[[Plan], Plan]] = {PLANNED: lambda plan: plan}
     for factor in FACTORS:
         ways[f"{factor:g}"] = lambda plan, by=factor: replace(plan, ridge=by * plan.ridge.clamp_min(1.0))
@@ -114,6 +113,12 @@ def measure(learner: MetaLearner, episode: Episode, support: Support, gains: dic
         if name == PLANNED:
             planned = adapted.report["plan"]["ridge"]
     return planned
+
+
+def unadapted(learner: MetaLearner, episode: Episode, support: Support) -> torch.Tensor:
+    """Return the query's logits by the unadapted model's head on a support."""
+    _, ids = episode_ids(episode)
+    return learner.fit_head(learner.prior_features(support.images), support)(learner.prior_features(episode.query, ids))
 
 
 def accuracy(logits: torch.Tensor, episode: Episode) -> float:

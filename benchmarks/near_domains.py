@@ -6,16 +6,17 @@ Every checkpoint adapts to each support of the domain that it was not trained on
 Below the threshold of the unadapted model's mean loss on held-out support images the unadapted model has the share of
 the table's row, elsewhere and in the first row one half: mean gain over the unadapted model in points of accuracy
 with its 95 % bootstrap interval, and the episodes that end more than a point below it. In the last row, which is what
-the learner does, images whose label looks wrong judge no statistics below the threshold, either. Supports have right
-labels and, with --wrong, that share of wrong ones; then two more rows have the episodes of the row above whose wrong
-labels are all left out of what is learned from, and the others. Seed 1 unless told otherwise, so that no episode of the
-comparisons is used up.
+the learner does, images whose label looks wrong judge no statistics below the threshold, either; in the row above it
+the adapted model moreover has half of its weight where its head is held back. Supports have right labels and, with
+--wrong, that share of wrong ones; then two more rows have the episodes of the learner's row whose wrong labels are all
+left out of what is learned from, and the others. Seed 1 unless told otherwise, so that no episode of the comparisons is
+used up.
 """
 
 from __future__ import annotations
 
 import torch
-from held_back import accuracy, arguments, cells, episodes, gain_and_harm
+from held_back import accuracy, arguments, cells, episodes, gain_and_harm, unadapted
 from label_trust import judged
 
 from modmeta.adaptation import Support
@@ -27,7 +28,8 @@ from modmeta.learners.measuring import episode_ids, episode_support
 ELSEWHERE = 0.5
 SHARES = [(0.0, ELSEWHERE), *((loss, share) for loss in (0.3, 0.35, 0.4) for share in (0.6, 0.65, 0.7))]
 CHOSEN = (0.35, 0.65)
-RULES = [*(f"{loss:g} | {share:g}" for loss, share in SHARES), f"{CHOSEN[0]:g} | {CHOSEN[1]:g}, statistics"]
+RULES = [f"{loss:g} | {share:g}" for loss, share in SHARES]
+RULES += [f"{CHOSEN[0]:g} | {CHOSEN[1]:g}, statistics{name}" for name in (", half where held back", "")]
 LEFT_OUT, LEARNED_FROM = "all wrong labels left out", "some learned from"
 
 
@@ -46,8 +48,8 @@ def main() -> None:
         for episode, support in episodes(learner, domain, shots, options, options.wrong):
             found.append(gains(learner, episode, support))
             if options.wrong:
-                trust, wrong = judged(learner, support, episode_support(episode, hide=False))
-                parts[LEARNED_FROM if wrong[trust.believed].any() else LEFT_OUT].append(found[-1][-1])
+                labels = judged(learner, support, episode_support(episode, hide=False))
+                parts[LEARNED_FROM if labels.wrong[labels.trust.believed].any() else LEFT_OUT].append(found[-1][-1])
         table = list(zip(RULES, zip(*found, strict=True), strict=True))
         table += [(f"{name} | {len(own)} episodes", own) for name, own in parts.items() if own]
         for rule, values in table:
@@ -57,8 +59,7 @@ def main() -> None:
 def gains(learner: ModularMetaLearner, episode: Episode, support: Support) -> list[float]:
     """Return the gain over the unadapted model by each rule."""
     _, ids = episode_ids(episode)
-    prior = learner.fit_head(learner.prior_features(support.images), support)
-    before = prior(learner.prior_features(episode.query, ids))
+    before = unadapted(learner, episode, support)
     learner.near_loss = 0.0
     adapted = learner.adapt(support)
     loss = adapted.report["unadapted_loss"]
@@ -67,7 +68,10 @@ def gains(learner: ModularMetaLearner, episode: Episode, support: Support) -> li
     after = before if adapted.prior is None else (answer - ELSEWHERE * before) / (1 - ELSEWHERE)
     answers = [torch.lerp(after, before, share if loss < threshold else ELSEWHERE) for threshold, share in SHARES]
     learner.near_loss = CHOSEN[0]
-    answers.append(learner.logits(learner.adapt(support), episode.query, ids))
+    adapted = learner.adapt(support)
+    answer = learner.logits(adapted, episode.query, ids)
+    held_back = learner.is_near(loss) and adapted.report["wrong_labels"].get("held_back")
+    answers += [torch.lerp(answer, before, 0.5) if held_back else answer, answer]
     return [accuracy(each, episode) - accuracy(before, episode) for each in answers]
 
 

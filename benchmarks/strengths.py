@@ -1,79 +1,57 @@
 """How deep and how strongly a policy's supports ask for statistics: by domain and number of shots.
 
-    python benchmarks/strengths.py --root PACS --checkpoints sketch=sketch.ckpt photo=photo.ckpt
+    python benchmarks/strengths.py --root PACS --checkpoints sketch=sketch.ckpt photo=photo.ckpt --shots 1 5 10
 
 Every checkpoint plans for supports of the domain that it was not trained on; nothing is carried out and no query is
 looked at. Shares of the episodes in which statistics were read beyond the first of the depths, and in which each factor
 on the policy's gates was taken, the mean factor with its 95 % bootstrap interval over episodes, and the shares of the
-variance of both choices that lie between domains, and between numbers of shots; seed 0.
+variance of both choices that lie between domains, and between numbers of shots. Seed 1 unless told otherwise, so that
+no episode of the comparisons is used up.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
+from held_back import arguments, cells, episodes
 
-from modmeta.adaptation import reading_units
+from modmeta.adaptation import Support, reading_units
 from modmeta.commands.quiet import quiet
-from modmeta.data import DomainDataModule
-from modmeta.learners import ModularMetaLearner, load_learner
-from modmeta.learners.measuring import episode_support
+from modmeta.learners import ModularMetaLearner
 
 RESAMPLES = 2000
 Taken = dict[tuple[str, int], list[tuple[float, float]]]
 """By domain and shots: for each episode 1 or 0 for statistics beyond the first depth, and the factor on the gates."""
 
 
+@torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True)
-    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="DOMAIN=CKPT")
-    parser.add_argument("--episodes", type=int, default=20, help="per domain and number of shots")
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10])
-    parser.add_argument("--queries", type=int, default=40, help="as in the fit's tests, for the same supports")
-    parser.add_argument("--cache_dir", type=Path)
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     quiet()
     found: Taken = {}
-    for each in options.checkpoints:
-        domain, _, path = each.partition("=")
-        found |= taken(domain, path, options)
-        print(
-            domain, {shots: Counter(choices) for (name, shots), choices in found.items() if name == domain}, flush=True
-        )
+    for domain, shots, learner in cells(options):
+        supports = (support for _, support in episodes(learner, domain, shots, options, wrong=0.0))
+        found[domain, shots] = [taken(learner, support) for support in supports]
+        print(domain, shots, Counter(found[domain, shots]), flush=True)
     print(table(found, options.episodes))
 
 
-@torch.no_grad()
-def taken(domain: str, path: str, options: argparse.Namespace) -> Taken:
-    """Return what was chosen in every episode."""
-    learner = load_learner(path)
-    assert isinstance(learner, ModularMetaLearner)
-    data = DomainDataModule(
-        options.root, test_domains=[domain], image_size=learner.model.backbone.image_size, eval_shots=options.shots,
-        queries=options.queries, test_episodes=options.episodes, cache_dir=options.cache_dir,
-    )  # fmt: skip
-    data.setup("test")
-    found: Taken = {(domain, shots): [] for shots in options.shots}
+def taken(learner: ModularMetaLearner, support: Support) -> tuple[float, float]:
+    """Return what was chosen for a support."""
     units = reading_units(learner.model.units)
     shallow, deep = learner.statistics_depths[0], max(learner.statistics_depths)
-    for index in range(options.episodes * len(options.shots)):
-        episode = data.episode("test", index)
-        support = episode_support(episode, hide=False)
-        situation = learner.situate(support)
-        own = learner.plan(situation, depth=deep).gate_of()
-        tuned, _ = learner.tune(situation, support)
-        gates = tuned.gate_of()
-        beyond = any(unit.name in gates for unit in units if unit.depth > shallow)
-        # The smallest of the gates is the last one to be cut off at 1.
-        ratios = [float(gates.get(unit.name, 0.0) / own[unit.name]) for unit in units if unit.depth <= shallow]
-        found[domain, episode.shots].append((float(beyond), round(max(ratios), 3)))
-    return found
+    situation = learner.situate(support)
+    own = learner.plan(situation, depth=deep).gate_of()
+    wrong = learner.wrong_labels(situation.features, support)
+    tuned, _ = learner.tune(situation, support, wrong.believed if wrong and learner.veto else None)
+    gates = tuned.gate_of()
+    beyond = any(unit.name in gates for unit in units if unit.depth > shallow)
+    # The smallest of the gates is the last one to be cut off at 1.
+    ratio = max(float(gates.get(unit.name, 0.0) / own[unit.name]) for unit in units if unit.depth <= shallow)
+    return float(beyond), min([1.0, *learner.statistics_strengths], key=lambda factor: abs(factor - ratio))
 
 
 def table(found: Taken, episodes: int) -> str:

@@ -29,6 +29,7 @@ SHARE = 0.3
 def learner(data: DomainDataModule) -> ModularMetaLearner:
     made = tiny.modular(prior_share=SHARE, head_options={"label_noise": 0.1}).eval()
     made.sources.measure(made.model.backbone, [c[:3] for c in data.source_images(3)], data.classes)
+    made.veto = False
     return made
 
 
@@ -39,7 +40,6 @@ def episode(data: DomainDataModule) -> Episode:
 
 @pytest.fixture(scope="module")
 def adapted(learner: ModularMetaLearner, episode: Episode) -> Adapted:
-    learner.veto = False
     with torch.no_grad():
         return learner.adapt(episode_support(episode, hide=False))
 
