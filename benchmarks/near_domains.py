@@ -5,21 +5,23 @@
 Every checkpoint adapts to each support of the domain that it was not trained on, and the answer is weighed anew.
 Below the threshold of the unadapted model's mean loss on held-out support images the unadapted model has the share of
 the table's row, elsewhere and in the first row one half: mean gain over the unadapted model in points of accuracy
-with its 95 % bootstrap interval, and the episodes that end more than a point below it. In the last row, which is what
-the learner does, images whose label looks wrong judge no statistics below the threshold, either; in the row above it
-the adapted model moreover has half of its weight where its head is held back. Supports have right labels and, with
---wrong, that share of wrong ones; then two more rows have the episodes of the learner's row whose wrong labels are all
-left out of what is learned from, and the others. Seed 1 unless told otherwise, so that no episode of the comparisons is
-used up.
+with its 95 % bootstrap interval, and the episodes that end more than a point below it. In the rows of statistics images
+whose label looks wrong judge none below the threshold, either. In the rows of images, the last of which is what the
+learner does, the unadapted model moreover has the share that they name where a class has no image to believe in and the
+images' early shift is below 0.1. Supports have right labels and, with --wrong, that share of wrong ones; then two more
+rows have the episodes of the learner's row whose wrong labels are all left out of what is learned from, and the others.
+Seed 1 unless told otherwise, so that no episode of the comparisons is used up.
 """
 
 from __future__ import annotations
+
+from unittest.mock import patch
 
 import torch
 from held_back import accuracy, arguments, cells, episodes, gain_and_harm, unadapted
 from label_trust import judged
 
-from modmeta.adaptation import Support
+from modmeta.adaptation import Support, early_shift
 from modmeta.commands.quiet import quiet
 from modmeta.data import Episode
 from modmeta.learners import ModularMetaLearner
@@ -29,7 +31,8 @@ ELSEWHERE = 0.5
 SHARES = [(0.0, ELSEWHERE), *((loss, share) for loss in (0.3, 0.35, 0.4) for share in (0.6, 0.65, 0.7))]
 CHOSEN = (0.35, 0.65)
 RULES = [f"{loss:g} | {share:g}" for loss, share in SHARES]
-RULES += [f"{CHOSEN[0]:g} | {CHOSEN[1]:g}, statistics{name}" for name in (", half where held back", "")]
+NEAR_SHIFT, LACKING = 0.1, (0.65, 0.7, 0.8, 0.75)  # the last one is the learner's
+RULES += [f"{CHOSEN[0]:g} | {CHOSEN[1]:g}, statistics{name}" for name in ("", *(f", images {x:g}" for x in LACKING))]
 LEFT_OUT, LEARNED_FROM = "all wrong labels left out", "some learned from"
 
 
@@ -42,7 +45,7 @@ def main() -> None:
     print("| domain | shots | near_loss | near_share | gain, points | harmed |")
     print("|---|---|---|---|---|---|")
     for domain, shots, learner in cells(options):
-        learner.prior_share, learner.near_share = ELSEWHERE, CHOSEN[1]
+        learner.prior_share, learner.near_share, learner.near_shift = ELSEWHERE, CHOSEN[1], 0.0
         found: list[list[float]] = []
         parts: dict[str, list[float]] = {LEFT_OUT: [], LEARNED_FROM: []}
         for episode, support in episodes(learner, domain, shots, options, options.wrong):
@@ -70,9 +73,24 @@ def gains(learner: ModularMetaLearner, episode: Episode, support: Support) -> li
     learner.near_loss = CHOSEN[0]
     adapted = learner.adapt(support)
     answer = learner.logits(adapted, episode.query, ids)
-    held_back = learner.is_near(loss) and adapted.report["wrong_labels"].get("held_back")
-    answers += [torch.lerp(answer, before, 0.5) if held_back else answer, answer]
+    answers.append(answer)
+    if adapted.prior is not None and near_by_images(learner, support):
+        share = adapted.report["unadapted_share"]
+        after = (answer - share * before) / (1 - share)
+        answers += [torch.lerp(after, before, lacking) for lacking in LACKING]
+    else:
+        answers += [answer] * len(LACKING)
     return [accuracy(each, episode) - accuracy(before, episode) for each in answers]
+
+
+def near_by_images(learner: ModularMetaLearner, support: Support) -> bool:
+    """Return whether a class has no image to believe in, and the images look like the backbone's own."""
+    trust = learner.wrong_labels(learner.prior_features(support.images), support)
+    if trust is None or support.labels is None or not trust.lacks(support.labels, support.ways):
+        return False
+    with patch.object(learner, "near_shift", NEAR_SHIFT):
+        shift = early_shift(learner.situate(support))
+    return shift is not None and shift < NEAR_SHIFT
 
 
 if __name__ == "__main__":

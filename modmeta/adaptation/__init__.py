@@ -19,6 +19,7 @@ from modmeta.adaptation.indicators import (
     INDICATORS,
     IndicatorSet,
     Situation,
+    early_shift,
     register_indicator,
 )
 from modmeta.adaptation.inner_loop import DivergedError, inner_loop, read_statistics
@@ -76,6 +77,7 @@ __all__ = [
     "backward_shares",
     "candidates",
     "descend",
+    "early_shift",
     "inner_loop",
     "judge",
     "label_trust",

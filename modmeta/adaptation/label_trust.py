@@ -47,7 +47,16 @@ class LabelTrust:
             labels: of the support ``(S,)``.
             ways: number of classes.
         """
-        return self.doubted or len(labels[self.believed].unique()) < ways
+        return self.doubted or self.lacks(labels, ways)
+
+    def lacks(self, labels: Tensor, ways: int) -> bool:
+        """Return whether a class has no image to believe in.
+
+        Args:
+            labels: of the support ``(S,)``.
+            ways: number of classes.
+        """
+        return len(labels[self.believed].unique()) < ways
 
     @staticmethod
     def temper(plan: Plan) -> Plan:

@@ -39,7 +39,6 @@ class PolicyAdaptation(PolicyPlanning):
     trust: float
     full_step_drop: float
     second_order: bool
-    near_share: float
     veto: bool
     veto_folds: int
     veto_caution: float
@@ -58,15 +57,18 @@ class PolicyAdaptation(PolicyPlanning):
         believed, learning = (heeded.believed, heeded.learning) if heeded else (None, 1.0)
         held_out = HeldOut(self, support, situation.features)
         plan, tried = self.tune(situation, support, believed, held_out)
-        held_back = False
-        if heeded and support.labels is not None and heeded.holds_back(support.labels, support.ways):
-            plan, held_back = heeded.temper(plan), True
+        held_back = lacking = False
+        if heeded and support.labels is not None:
+            lacking = heeded.lacks(support.labels, support.ways)
+            held_back = heeded.holds_back(support.labels, support.ways)
+        if heeded and held_back:
+            plan = heeded.temper(plan)
         plans = candidates(plan, self._reading(), learning) if self.veto else {"plan": plan}
         verdict = self._judge(plans, plan, held_out, believed)
         chosen = plans[verdict.choice] if verdict.choice != PRIOR else plan.keeping(())
         state, losses = self.carry_out(chosen, support, believed=believed)
         unadapted = held_out.unadapted_loss(believed)
-        share = self.near_share if self.is_near(unadapted) else self.prior_share
+        share = self.unadapted_share(situation, unadapted, lacking)
         left_out = 0 if believed is None else int((~believed).sum())
         report = {
             "labelled": support.labels is not None,

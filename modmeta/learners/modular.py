@@ -92,6 +92,12 @@ class ModularMetaLearner(PolicyAdaptation):
             at risk. Where the unadapted model knows its way it knows which labels are wrong, too, so images whose label
             looks wrong do not judge statistics. 0 never does. Meta-training and the veto know of no near domains.
         near_share: what stands in place of ``prior_share`` in a near domain.
+        near_shift: where a class has no image to believe in, and the veto is on, the loss cannot tell how much is put
+            at risk: nothing speaks for that class, and the image that it lacks may be among the others under a wrong
+            label. There a domain counts as near, too, where the inputs of the first fifth of the batch norms shift
+            less than this against the statistics that the backbone keeps: the squared gap of the means and that of the
+            deviations, in units of the kept variance. 0 never does.
+        lacking_share: what stands in place of ``prior_share`` there.
         veto: whether the veto may keep the prior; without it every plan is carried out. Where the sources know all
             classes and the head reckons with wrong labels (``label_noise``), it also keeps those that look wrong from
             being learned from, multiplies all learning rates by the chance that of the others no more are wrong, and
@@ -143,6 +149,8 @@ class ModularMetaLearner(PolicyAdaptation):
         explained_loss: float = 0.0,
         near_loss: float = 0.0,
         near_share: float = 1.0,
+        near_shift: float = 0.0,
+        lacking_share: float = 1.0,
         veto: bool = True,
         veto_folds: int = 2,
         veto_caution: float = 1.0,
@@ -155,11 +163,12 @@ class ModularMetaLearner(PolicyAdaptation):
     ) -> None:
         if not units:
             raise ModmetaError("units: the modular learner needs at least one adapter module; run `modmeta modules`")
-        shares = {"prior_share": prior_share, "near_share": near_share, "unlabelled_share": unlabelled_share}
-        refuse_outside({"budget": budget} | shares, 0, 1)
+        shares = {"prior_share": prior_share, "near_share": near_share, "lacking_share": lacking_share}
+        refuse_outside({"budget": budget, "unlabelled_share": unlabelled_share} | shares, 0, 1)
         prices = {"harm_weight": harm_weight, "cost_weight": cost_weight, "veto_caution": veto_caution}
-        thresholds = {"full_step_drop": full_step_drop, "explained_loss": explained_loss, "near_loss": near_loss}
-        refuse_outside(prices | thresholds | {"statistics_prior": statistics_prior}, 0)
+        thresholds = {"explained_loss": explained_loss, "near_loss": near_loss, "near_shift": near_shift}
+        refuse_outside(prices | thresholds, 0)
+        refuse_outside({"full_step_drop": full_step_drop, "statistics_prior": statistics_prior}, 0)
         refuse_outside({"harm_margin": harm_margin}, -math.inf)
         refuse_outside({"trust": trust}, 0, above=True)
         refuse_outside({"steps": steps, "calibration_episodes": calibration_episodes}, 1)
@@ -186,6 +195,8 @@ class ModularMetaLearner(PolicyAdaptation):
         self.explained_loss = explained_loss
         self.near_loss = near_loss
         self.near_share = near_share
+        self.near_shift = near_shift
+        self.lacking_share = lacking_share
         self.veto = veto
         self.veto_folds = veto_folds
         self.veto_caution = veto_caution

@@ -17,6 +17,7 @@ from modmeta.adaptation import (
     Situation,
     Support,
     UpdateRule,
+    early_shift,
     observe_norms,
     read_beyond,
     reading_units,
@@ -43,6 +44,9 @@ class PolicyPlanning(MetaLearner):
     statistics_prior: float
     explained_loss: float
     near_loss: float
+    near_share: float
+    near_shift: float
+    lacking_share: float
     signals: SignalMixture
     backward_shares: dict[str, float]
     _norm_sites: list[Site]
@@ -84,7 +88,7 @@ class PolicyPlanning(MetaLearner):
             gradients=gradients[0] if gradients else {},
             noise=gradients[1] if len(gradients) > 1 else {},
             flipped=flipped,
-            running=running_statistics(backbone, self._norm_sites) if "running" in needs else None,
+            running=running_statistics(backbone, self._norm_sites) if "running" in needs or self.near_shift else None,
             units=self.model.units,
             shares=self.backward_shares,
             budget=self.budget if budget is None else budget,
@@ -166,6 +170,21 @@ class PolicyPlanning(MetaLearner):
     def is_near(self, loss: float | None) -> bool:
         """Return whether a domain is near, by the unadapted model's loss on held-out support images."""
         return loss is not None and loss < self.near_loss
+
+    def unadapted_share(self, situation: Situation, loss: float | None, lacking: bool) -> float:
+        """Return the unadapted model's weight in the answer: it is larger in near domains.
+
+        Args:
+            situation: what is known of the domain.
+            loss: the unadapted model's on held-out support images.
+            lacking: whether a class has no image to believe in.
+        """
+        if lacking and self.near_shift:
+            # The loss says nothing of that class, and what took its image may be a wrong label: the images tell.
+            shift = early_shift(situation)
+            if shift is not None and shift < self.near_shift:
+                return self.lacking_share
+        return self.near_share if self.is_near(loss) else self.prior_share
 
     def initial_state(self, plan: Plan, support: Support) -> State:
         """Return where the units start: the bank's universal values, blended with its specialists as the plan says."""

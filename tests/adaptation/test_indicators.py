@@ -17,6 +17,7 @@ from modmeta.adaptation import (
     SourceStatistics,
     backward_macs,
     backward_shares,
+    early_shift,
     norm_sites,
     observe_norms,
     register_indicator,
@@ -229,6 +230,23 @@ def test_norm_drift(name: str, make: Make) -> None:
         blocks = [site.block for site in unit.sites]
         near = [n.name for n in s.norm_sites if min(blocks) <= n.block <= max(blocks)] or [s.norm_sites[-1].name]
         assert float(row) == pytest.approx(sum(logs[n] for n in near) / len(near), abs=1e-3)
+
+
+def test_early_shift(make: Make) -> None:
+    model = make("test_efficientnet", *CONFIGS)
+    s = situation_on(model)
+    layers = [layer for layer in model.backbone.model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    shifts, start = [], 0
+    for layer in layers:
+        part = slice(start, start := start + layer.num_features)
+        mean = (s.norm_mean[part] - layer.running_mean) ** 2 / layer.running_var
+        scale = (s.norm_variance[part].sqrt() / layer.running_var.sqrt() - 1) ** 2
+        shifts.append(float((mean + scale).mean()))
+    for share in (0.01, 0.2, 1.0):
+        first = shifts[: max(1, round(share * len(shifts)))]
+        assert early_shift(s, share) == pytest.approx(sum(first) / len(first), rel=1e-4)
+    assert early_shift(replace(s, running=None)) is None
+    assert early_shift(situation_on(make("test_vit", *CONFIGS[1:]))) is None
 
 
 def by_unit(name: str, s: Situation, expected: Callable[[str], list[float]]) -> None:

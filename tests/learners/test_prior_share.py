@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from modmeta.adaptation import PRIOR, Adapted, LabelTrust, Support
+from modmeta.adaptation import PRIOR, Adapted, LabelTrust, Support, Verdict, early_shift
 from modmeta.adapters.adapter_file import read_adapter, write_adapter
 from modmeta.data import DomainDataModule, Episode
 from modmeta.errors import ModmetaError
@@ -129,6 +129,37 @@ def test_images_that_look_wrong_do_not_say_whether_a_domain_is_near(
         assert learner.adapt(support).report["unadapted_loss"] == pytest.approx(float(losses[believed].mean()))
 
 
+@pytest.mark.parametrize(
+    ("lacking", "reach", "share"), [(True, 1.01, 0.9), (True, 0.99, 0.8), (True, 0.0, 0.8), (False, 1.01, 0.8)]
+)
+def test_where_a_class_has_no_image_to_believe_in_the_images_say_whether_a_domain_is_near(
+    learner: ModularMetaLearner,
+    episode: Episode,
+    monkeypatch: pytest.MonkeyPatch,
+    lacking: bool,
+    reach: float,
+    share: float,
+) -> None:
+    support = episode_support(episode, hide=False)
+    assert support.labels is not None
+    believed = support.labels > 0 if lacking else torch.arange(len(support.labels)) > 0
+    monkeypatch.setattr(learner, "near_shift", 1.0)  # from now on the situation holds what the backbone keeps
+    with torch.no_grad():
+        shift = early_shift(learner.situate(support))
+    assert shift is not None
+    options = {"near_shift": reach * shift, "lacking_share": 0.9, "near_loss": 1e9, "near_share": 0.8, "veto": True}
+    for name, value in options.items():
+        monkeypatch.setattr(learner, name, value)
+    monkeypatch.setattr(learner, "wrong_labels", lambda *_: LabelTrust(0.1, 0.1, 1.0, believed, 1.0))
+    monkeypatch.setattr(learner, "_judge", lambda *_: Verdict("plan", {}, {}, 0))
+    with torch.no_grad():
+        adapted = learner.adapt(support)
+        after, before = parts(learner, adapted, support, episode.query)
+        found = learner.logits(adapted, episode.query)
+    assert adapted.report["unadapted_share"] == share
+    torch.testing.assert_close(found, (1 - share) * after + share * before, rtol=1e-4, atol=1e-5)
+
+
 def test_where_nothing_is_known_of_the_gain_the_share_stands(
     learner: ModularMetaLearner, episode: Episode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +227,7 @@ def test_graphs_hold_both_networks_and_a_state_dict_cannot(
         export_adapter(learner.model, content, tmp_path / "m.safetensors", "state_dict", live)
 
 
-@pytest.mark.parametrize("option", ["prior_share", "near_share"])
+@pytest.mark.parametrize("option", ["prior_share", "near_share", "lacking_share"])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_shares_that_make_no_sense_are_refused(option: str, share: float) -> None:
     with pytest.raises(ModmetaError, match=rf"{option} must lie in 0\.\.1"):

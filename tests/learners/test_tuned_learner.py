@@ -187,7 +187,7 @@ def test_a_strength_that_is_no_factor_is_refused(strengths: list[float]) -> None
         tiny.modular(statistics_strengths=strengths)
 
 
-@pytest.mark.parametrize("option", ["explained_loss", "near_loss", "statistics_prior"])
+@pytest.mark.parametrize("option", ["explained_loss", "near_loss", "near_shift", "statistics_prior"])
 def test_a_negative_number_is_refused(option: str) -> None:
     with pytest.raises(ModmetaError, match=option):
         tiny.modular(**{option: -0.1})

@@ -7,6 +7,7 @@ An indicator is a registered function of a :class:`Situation`. Global ones retur
 from modmeta.adaptation.indicators import shift, task, unit  # noqa: F401  (they register themselves)
 from modmeta.adaptation.indicators.base import INDICATORS, Indicator, Situation, register_indicator
 from modmeta.adaptation.indicators.chosen import DEFAULT_INDICATORS, IndicatorSet
+from modmeta.adaptation.indicators.shift import early_shift
 
 __all__ = [
     "DEFAULT_INDICATORS",
@@ -14,5 +15,6 @@ __all__ = [
     "Indicator",
     "IndicatorSet",
     "Situation",
+    "early_shift",
     "register_indicator",
 ]

@@ -110,14 +110,36 @@ def _source_logits(s: Situation, features: Tensor) -> Tensor | None:
     return s.sources.classifier(s.classes)(features)
 
 
+def early_shift(s: Situation, share: float = 0.2) -> float | None:
+    """Return the mean shift of the first batch norms' inputs to the statistics that the backbone itself keeps.
+
+    It is small on images like those that the backbone was trained on, whatever they show: the first layers see how
+    images look. None on a backbone without batch norms, or where the situation holds none of its statistics.
+
+    Args:
+        s: the situation.
+        share: of the batch norms, from the first one.
+    """
+    own = [k for k, site in enumerate(s.norm_sites) if "running_mean" in site.shapes]
+    if s.running is None or not own:
+        return None
+    mean, variance = s.running
+    first = own[: max(1, round(share * len(own)))]
+    return float(_gaps(s, mean[None], variance[None], variance)[0, first].mean())
+
+
 def _shift(s: Situation, mean: Tensor, variance: Tensor, yardstick: Tensor) -> Tensor:
     """Return the log shift ``(K, sites)`` of the support to statistics ``(K, N)``, in units of ``yardstick``."""
+    return (_gaps(s, mean, variance, yardstick) + 1e-3).log()
+
+
+def _gaps(s: Situation, mean: Tensor, variance: Tensor, yardstick: Tensor) -> Tensor:
+    """Return the shift ``(K, sites)``, squared gaps of means and of deviations averaged over a site's channels."""
     deviation = yardstick.clamp_min(1e-6).sqrt()
     mean_gap = ((s.norm_mean - mean) / deviation).square()
     scale_gap = (s.norm_variance.sqrt() - variance.sqrt()).div(deviation).square()
     channels = [site.shapes["weight"][0] if "weight" in site.shapes else site.channels for site in s.norm_sites]
-    per_site = torch.stack([chunk.mean(1) for chunk in (mean_gap + scale_gap).split(channels, dim=1)], dim=1)
-    return (per_site + 1e-3).log()
+    return torch.stack([chunk.mean(1) for chunk in (mean_gap + scale_gap).split(channels, dim=1)], dim=1)
 
 
 def _norms_near(s: Situation, sites: Sequence[Site]) -> list[list[int]]:
