@@ -8,9 +8,9 @@ the table's row, elsewhere and in the first row one half: mean gain over the una
 with its 95 % bootstrap interval, and the episodes that end more than a point below it. In the rows of statistics images
 whose label looks wrong judge none below the threshold, either. In the rows of images, the last of which is what the
 learner does, the unadapted model moreover has the share that they name where a class has no image to believe in and the
-images' early shift is below 0.07. Supports have right labels and, with --wrong, that share of wrong ones; then two more
-rows have the episodes of the learner's row whose wrong labels are all left out of what is learned from, and the others.
-Seed 1 unless told otherwise, so that no episode of the comparisons is used up.
+images' early shift is below 0.07. Supports have right labels and, with --wrong, that share of wrong ones; then four
+more rows have the episodes whose wrong labels are all left out of what is learned from, and the others. Seed 1 unless
+told otherwise, so that no episode of the comparisons is used up.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ RULES = [f"{loss:g} | {share:g}" for loss, share in SHARES]
 NEAR_SHIFT, LACKING = 0.07, (0.65, 0.7, 0.8, 0.75)  # the last one is the learner's
 RULES += [f"{CHOSEN[0]:g} | {CHOSEN[1]:g}, statistics{name}" for name in ("", *(f", images {x:g}" for x in LACKING))]
 LEFT_OUT, LEARNED_FROM = "all wrong labels left out", "some learned from"
+PARTED = (len(SHARES), -1)  # statistics alone, and the learner's
 
 
 @torch.no_grad()
@@ -47,14 +48,15 @@ def main() -> None:
     for domain, shots, learner in cells(options):
         learner.prior_share, learner.near_share, learner.near_shift = ELSEWHERE, CHOSEN[1], 0.0
         found: list[list[float]] = []
-        parts: dict[str, list[float]] = {LEFT_OUT: [], LEARNED_FROM: []}
+        parts: dict[str, list[list[float]]] = {LEFT_OUT: [], LEARNED_FROM: []}
         for episode, support in episodes(learner, domain, shots, options, options.wrong):
             found.append(gains(learner, episode, support))
             if options.wrong:
                 labels = judged(learner, support, episode_support(episode, hide=False))
-                parts[LEARNED_FROM if labels.wrong[labels.trust.believed].any() else LEFT_OUT].append(found[-1][-1])
+                parts[LEARNED_FROM if labels.wrong[labels.trust.believed].any() else LEFT_OUT].append(found[-1])
         table = list(zip(RULES, zip(*found, strict=True), strict=True))
-        table += [(f"{name} | {len(own)} episodes", own) for name, own in parts.items() if own]
+        for name, own in parts.items():
+            table += [(f"{RULES[row]}, {len(own)} with {name}", [each[row] for each in own]) for row in PARTED if own]
         for rule, values in table:
             print("| " + " | ".join(map(str, (domain, shots, rule, *gain_and_harm(values)))) + " |", flush=True)
 
