@@ -15,13 +15,11 @@ told otherwise, so that no episode of the comparisons is used up.
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import torch
 from held_back import accuracy, arguments, cells, episodes, gain_and_harm, unadapted
 from label_trust import judged
 
-from modmeta.adaptation import Support, early_shift
+from modmeta.adaptation import Support
 from modmeta.commands.quiet import quiet
 from modmeta.data import Episode
 from modmeta.learners import ModularMetaLearner
@@ -46,7 +44,7 @@ def main() -> None:
     print("| domain | shots | near_loss | near_share | gain, points | harmed |")
     print("|---|---|---|---|---|---|")
     for domain, shots, learner in cells(options):
-        learner.prior_share, learner.near_share, learner.near_shift = ELSEWHERE, CHOSEN[1], 0.0
+        learner.prior_share, learner.near_share, learner.lacking_share = ELSEWHERE, CHOSEN[1], LACKING[-1]
         found: list[list[float]] = []
         parts: dict[str, list[list[float]]] = {LEFT_OUT: [], LEARNED_FROM: []}
         for episode, support in episodes(learner, domain, shots, options, options.wrong):
@@ -65,34 +63,21 @@ def gains(learner: ModularMetaLearner, episode: Episode, support: Support) -> li
     """Return the gain over the unadapted model by each rule."""
     _, ids = episode_ids(episode)
     before = unadapted(learner, episode, support)
-    learner.near_loss = 0.0
+    learner.near_loss = learner.near_shift = 0.0
     adapted = learner.adapt(support)
     loss = adapted.report["unadapted_loss"]
     answer = learner.logits(adapted, episode.query, ids)
     # Where the veto kept the prior, both are the same.
     after = before if adapted.prior is None else (answer - ELSEWHERE * before) / (1 - ELSEWHERE)
     answers = [torch.lerp(after, before, share if loss < threshold else ELSEWHERE) for threshold, share in SHARES]
-    learner.near_loss = CHOSEN[0]
+    learner.near_loss, learner.near_shift = CHOSEN[0], NEAR_SHIFT
     adapted = learner.adapt(support)
-    answer = learner.logits(adapted, episode.query, ids)
-    answers.append(answer)
-    if adapted.prior is not None and near_by_images(learner, support):
-        share = adapted.report["unadapted_share"]
-        after = (answer - share * before) / (1 - share)
-        answers += [torch.lerp(after, before, lacking) for lacking in LACKING]
-    else:
-        answers += [answer] * len(LACKING)
+    answer, share = learner.logits(adapted, episode.query, ids), adapted.report["unadapted_share"]
+    after = before if adapted.prior is None else (answer - share * before) / (1 - share)
+    by_loss = CHOSEN[1] if learner.is_near(loss) else ELSEWHERE
+    near_by_images = share == learner.lacking_share
+    answers += [torch.lerp(after, before, each if near_by_images else by_loss) for each in (by_loss, *LACKING)]
     return [accuracy(each, episode) - accuracy(before, episode) for each in answers]
-
-
-def near_by_images(learner: ModularMetaLearner, support: Support) -> bool:
-    """Return whether a class has no image to believe in, and the images look like the backbone's own."""
-    trust = learner.wrong_labels(learner.prior_features(support.images), support)
-    if trust is None or support.labels is None or not trust.lacks(support.labels, support.ways):
-        return False
-    with patch.object(learner, "near_shift", NEAR_SHIFT):
-        shift = early_shift(learner.situate(support))
-    return shift is not None and shift < NEAR_SHIFT
 
 
 if __name__ == "__main__":
