@@ -69,6 +69,7 @@ class ProbeThenFineTune(GradientSystem):
         strength: of the probe's regularisation.
         anchored: whether the probe starts at the source domains' classifier.
         probe_steps: largest number of the probe's L-BFGS iterations.
+        prior_share: weight of the unadapted model, with the learner's own head, in the answer.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class ProbeThenFineTune(GradientSystem):
         strength: float = 1.0,
         anchored: bool = True,
         probe_steps: int = 100,
+        prior_share: float = 0.0,
     ) -> None:
-        super().__init__(units, steps, rate, optimizer)
+        super().__init__(units, steps, rate, optimizer, prior_share=prior_share)
         if optimizer == "rms":
             raise ModmetaError("lp_ft: the optimizer 'rms' moves units only; choose adam, sgd or adadelta")
         self.strength = strength

@@ -9,7 +9,7 @@ import torch
 from modmeta.adaptation import Plan, read_beyond, reading_units, refuse_tuning, stratified_folds, tune_statistics
 from modmeta.adapters import Unit, UnitConfig
 from modmeta.data.seeding import rng
-from modmeta.errors import ModmetaError, refuse_outside
+from modmeta.errors import ModmetaError
 from modmeta.evaluation.systems.readout import ClosedForm
 from modmeta.evaluation.systems.system import Outcome, Task, register_system
 from modmeta.evaluation.systems.unit_system import GradientSystem, Optimizer
@@ -48,10 +48,8 @@ class Constant(GradientSystem):
         statistics_depths: Sequence[float] = (1.0,),
         statistics_strengths: Sequence[float] = (),
     ) -> None:
-        super().__init__(units, steps, factor, optimizer, head, head_options)
-        refuse_outside({"constant: prior_share": prior_share}, 0, 1)
+        super().__init__(units, steps, factor, optimizer, head, head_options, prior_share)
         refuse_tuning(statistics_depths, statistics_strengths, "constant: ")
-        self.prior_share = prior_share
         self.statistics_depths = tuple(statistics_depths)
         self.statistics_strengths = tuple(statistics_strengths)
 

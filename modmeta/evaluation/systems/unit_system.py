@@ -10,7 +10,7 @@ import torch
 
 from modmeta.adaptation import DivergedError, Head, Plan, backward_macs, inner_loop, read_statistics
 from modmeta.adapters import AdaptedBackbone, State, Unit, UnitConfig, check_alive
-from modmeta.errors import unknown
+from modmeta.errors import refuse_outside, unknown
 from modmeta.evaluation.systems.closed_form import make_head
 from modmeta.evaluation.systems.readout import ClosedForm, Readout
 from modmeta.evaluation.systems.system import Outcome, System, Task
@@ -87,7 +87,8 @@ class UnitSystem(System):
         """Fit the classifier to the adapted features and return what came of it."""
         active = self.model.active(gates)
         classifier = readout.classifier(self._features(task, state, gates) if active else task.features)
-        prior = readout.classifier(task.features) if active and self.prior_share else None
+        shared = active and self.prior_share
+        prior = task.learner.fit_head(task.features, task.support, self.head) if shared else None
 
         def classify(query: Task) -> torch.Tensor:
             if not active:
@@ -114,6 +115,7 @@ class GradientSystem(UnitSystem):
             (momentum 0.9) and ``adadelta`` are PyTorch's.
         head: registered name of a head; None takes the learner's own, with the strengths that it has learned.
         head_options: options of the head.
+        prior_share: weight of the unadapted model in the answer, as a policy's learner may give it.
     """
 
     def __init__(
@@ -124,13 +126,16 @@ class GradientSystem(UnitSystem):
         optimizer: Optimizer = "adam",
         head: str | None = None,
         head_options: dict[str, float] | None = None,
+        prior_share: float = 0.0,
     ) -> None:
         super().__init__(units, head, head_options)
         if optimizer not in get_args(Optimizer):
             raise unknown("optimizer", optimizer, get_args(Optimizer))
+        refuse_outside({"prior_share": prior_share}, 0, 1)
         self.steps = steps
         self.rate = rate
         self.optimizer = optimizer
+        self.prior_share = prior_share
 
     def readout(self, task: Task) -> Readout:
         """Return the loss and the classifier behind the features."""

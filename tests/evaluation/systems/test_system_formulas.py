@@ -228,20 +228,21 @@ def test_constant_is_the_inner_loop_at_the_configured_gates_and_rates(
     assert any(unit.reads for unit in model.units)
 
 
-def test_constant_gives_the_unadapted_model_its_share(learner: ModularMetaLearner, make_task: MakeTask) -> None:
+@pytest.mark.parametrize("name", ["constant", "fine_tune", "lp_ft"])
+def test_the_unadapted_model_has_its_share(name: str, learner: ModularMetaLearner, make_task: MakeTask) -> None:
     task = make_task()
     units = [UnitConfig("film", gate=0.6, rate=0.03)]
     logits = {}
     with torch.no_grad():
         for share in (0.0, 0.3, 1.0):
-            outcome = build("constant", learner, units=units, prior_share=share).adapt(task)
+            outcome = build(name, learner, units=units, prior_share=share).adapt(task)
             logits[share] = outcome.classify(task)
         prior = build("head", learner).adapt(task).classify(task)
     torch.testing.assert_close(logits[1.0], prior)
     torch.testing.assert_close(logits[0.3], 0.7 * logits[0.0] + 0.3 * prior, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits[0.0], prior, atol=1e-2)
     with pytest.raises(ModmetaError, match="prior_share"):
-        build("constant", learner, units=units, prior_share=1.5)
+        build(name, learner, units=units, prior_share=1.5)
 
 
 def test_constant_tries_strengths_as_the_learner_does(learner: ModularMetaLearner, make_task: MakeTask) -> None:
