@@ -40,6 +40,14 @@ class Given(System):
         return Outcome(self.logits)
 
 
+class LooksAgain(Head):
+    """Asks for the shared features twice."""
+
+    def adapt(self, task: Task) -> Outcome:
+        assert task.features.isfinite().all()
+        return super().adapt(task)
+
+
 class StopsAfter(Head):
     """Raises at its n-th adaptation."""
 
@@ -174,10 +182,11 @@ def test_shared_features_are_charged_to_whoever_uses_them(bench: Bench, monkeypa
     monkeypatch.setattr("modmeta.evaluation.compare.runner._forward_seconds", lambda learner, store: 100.0)
     comparison = compared.settings(shots=[2], episodes=1)
     guess = Given(lambda task: torch.zeros(len(task.episode.query), task.support.ways))
-    bench.run(comparison, {"anchored_ridge": Head("anchored_ridge"), "other": guess})
+    bench.run(comparison, {"anchored_ridge": Head("anchored_ridge"), "other": guess, "again": LooksAgain("ridge")})
     seconds = {row.key: row.seconds for row in RowFile(bench.folder / "rows.jsonl").rows.values()}
     assert seconds["anchored_ridge", "neon", 2, 0] == pytest.approx(100 * 6, abs=10)
     assert seconds["other", "neon", 2, 0] < 10
+    assert seconds["again", "neon", 2, 0] == pytest.approx(100 * 6, abs=10)  # it has them already
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.2, 3), (0.5, 8), (1.0, 15)])

@@ -57,7 +57,7 @@ class Task:
     @property
     def features(self) -> Tensor:
         """Support features ``(S, D)`` of the unadapted backbone."""
-        self.forward_images += len(self.support.images)
+        self.forward_images = len(self.support.images)
         return self._features
 
     @cached_property
