@@ -118,7 +118,10 @@ def _build(named: Mapping[str, str], built: Namespace) -> dict[str, System]:
     systems = {}
     for name, system in named.items():
         options = vars(built["systems"][name])
-        systems[name] = SYSTEMS.get(system)(**{key: value for key, value in options.items() if key != "system"})
+        try:
+            systems[name] = SYSTEMS.get(system)(**{key: value for key, value in options.items() if key != "system"})
+        except ModmetaError as error:
+            raise type(error)(f"systems.{name}: {error}") from error
     return systems
 
 

@@ -138,6 +138,10 @@ def test_wrong_words_are_refused_before_data_is_read(
         ({"systems": {"ridge": {"head": "ridge"}}}, "systems.ridge: the key system is missing"),
         ({"systems": ["ridge"]}, "systems: compare.yaml should map names to systems"),
         ({"systems": {"a b": {"system": "head"}}}, "systems: 'a b' is no name"),
+        (
+            {"systems": SYSTEMS | {"tuned": {"system": "fine_tune", "units": [], "prior_share": 1.5}}},
+            "systems.tuned: prior_share must lie in 0..1, got 1.5",
+        ),
         ({"systems": {}}, "systems: there is nothing to compare"),
         ({"sytems": {"a": {"system": "head"}}}, "unknown key sytems; did you mean systems?"),
         ({"checkpoints": {"neon": "nope.ckpt"}}, "checkpoint nope.ckpt"),
